@@ -1,0 +1,1 @@
+../../windlass/__init__.py

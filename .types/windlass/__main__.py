@@ -1,0 +1,1 @@
+../../windlass/__main__.py

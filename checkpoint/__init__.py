@@ -1,0 +1,1 @@
+"""State that outlives a process: captured, persisted, verified, restored. Never imports parallel."""

@@ -1,0 +1,172 @@
+"""What a checkpoint folder holds, as plain data: tensors, their pieces, files, checksums and the caller's facts.
+
+`manifest.json` is written last and carries a checksum of itself, so its presence means that everything it names was
+durable before. Our reader needs nothing else and never unpickles. Must not know: bulk I/O, process groups, models.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import xxhash
+
+from windlass.dist.box import Box, Shape
+from windlass.dist.errors import CheckpointError
+
+FORMAT = "windlass-checkpoint"
+VERSION = 1
+MANIFEST_NAME = "manifest.json"
+METADATA_NAME = ".metadata"
+
+
+@dataclass(frozen=True)
+class StoredPiece:
+    """One box of one tensor: raw row-major bytes at `[offset, offset + num_bytes)` of a file."""
+
+    file: str
+    offset: int
+    num_bytes: int
+    box: Box
+    xxh3: str
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """One global tensor and the pieces that tile it (none if it has no elements)."""
+
+    shape: Shape
+    dtype: torch.dtype
+    pieces: tuple[StoredPiece, ...]
+
+
+@dataclass(frozen=True)
+class StoredFile:
+    """Size and xxh3 of one whole file."""
+
+    num_bytes: int
+    xxh3: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The whole of a checkpoint except the bytes."""
+
+    step: int
+    world_size: int
+    saved_at: float  # seconds since the epoch
+    tensors: dict[str, StoredTensor]
+    files: dict[str, StoredFile]
+    extra: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(f.num_bytes for f in self.files.values())
+
+    def pieces_of_file(self, file: str) -> list[tuple[str, StoredPiece]]:
+        """Return (tensor key, piece) of everything stored in one file, by offset."""
+        found = [(key, p) for key, tensor in self.tensors.items() for p in tensor.pieces if p.file == file]
+        return sorted(found, key=lambda pair: pair[1].offset)
+
+    def dump(self) -> bytes:
+        """Write JSON, one file and one tensor per line, that ends in the checksum of all bytes before it."""
+        files = {name: {"bytes": f.num_bytes, "xxh3": f.xxh3} for name, f in sorted(self.files.items())}
+        tensors = {key: _tensor_json(tensor) for key, tensor in sorted(self.tensors.items())}
+        facts = {
+            "format": FORMAT,
+            "version": VERSION,
+            "step": self.step,
+            "world_size": self.world_size,
+            "saved_at": self.saved_at,
+            "extra": self.extra,
+        }
+        lines = [f"{json.dumps(name)}: {json.dumps(value)}" for name, value in facts.items()]
+        lines += [f'"files": {_by_line(files)}', f'"tensors": {_by_line(tensors)}', ""]
+        head = ("{\n" + ",\n".join(lines)).encode()
+        return head + _seal(head)
+
+    @staticmethod
+    def parse(data: bytes, where: str) -> Manifest:
+        """Read a manifest. Raises: CheckpointError naming `where` if it is damaged or of another version."""
+        try:
+            body = json.loads(data)
+        except ValueError as error:
+            raise CheckpointError(f"{where} is not readable JSON ({error}): the file is damaged") from error
+        if not isinstance(body, dict) or body.get("format") != FORMAT:
+            raise CheckpointError(f"{where} is not the manifest of a Windlass checkpoint")
+        if body.get("version") != VERSION:
+            raise CheckpointError(
+                f"{where} has format version {body.get('version')}, this Windlass reads version {VERSION}: "
+                "use the Windlass that wrote it"
+            )
+        head = data[: data.rfind(_SEAL)]
+        if data != head + _seal(head):
+            raise CheckpointError(f"{where} does not match its own checksum: the file is damaged")
+        return Manifest(
+            step=body["step"],
+            world_size=body["world_size"],
+            saved_at=body["saved_at"],
+            tensors={key: _tensor_from_json(value) for key, value in body["tensors"].items()},
+            files={name: StoredFile(value["bytes"], value["xxh3"]) for name, value in body["files"].items()},
+            extra=body["extra"],
+        )
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """Return 'float32' for torch.float32."""
+    return str(dtype).removeprefix("torch.")
+
+
+def dtype_of(name: str) -> torch.dtype:
+    """Return torch.float32 for 'float32'. Raises: CheckpointError if this torch has no such dtype."""
+    found = getattr(torch, name, None)
+    if not isinstance(found, torch.dtype):
+        raise CheckpointError(f"a tensor of the checkpoint has dtype '{name}', which torch {torch.__version__} lacks")
+    return found
+
+
+def readable_bytes(num_bytes: float) -> str:
+    """Write a byte count for people: '12.3 GiB'."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if abs(num_bytes) < 1024:
+            return f"{num_bytes:.0f} {unit}" if unit == "B" else f"{num_bytes:.1f} {unit}"
+        num_bytes /= 1024
+    return f"{num_bytes:.1f} TiB"
+
+
+_SEAL = b'"xxh3": "'
+
+
+def _seal(head: bytes) -> bytes:
+    return _SEAL + xxhash.xxh3_64_hexdigest(head).encode() + b'"\n}\n'
+
+
+def _by_line(values: dict[str, Any]) -> str:
+    return "{\n" + ",\n".join(f"{json.dumps(key)}: {json.dumps(value)}" for key, value in values.items()) + "\n}"
+
+
+def _tensor_json(tensor: StoredTensor) -> dict[str, Any]:
+    return {
+        "shape": tensor.shape,
+        "dtype": dtype_name(tensor.dtype),
+        "pieces": [
+            {
+                "file": p.file,
+                "offset": p.offset,
+                "bytes": p.num_bytes,
+                "box": [p.box.offsets, p.box.sizes],
+                "xxh3": p.xxh3,
+            }
+            for p in tensor.pieces
+        ],
+    }
+
+
+def _tensor_from_json(value: dict[str, Any]) -> StoredTensor:
+    pieces = tuple(
+        StoredPiece(p["file"], p["offset"], p["bytes"], Box(tuple(p["box"][0]), tuple(p["box"][1])), p["xxh3"])
+        for p in value["pieces"]
+    )
+    return StoredTensor(tuple(value["shape"]), dtype_of(value["dtype"]), pieces)

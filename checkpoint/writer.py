@@ -1,0 +1,172 @@
+"""Bulk output: one rank's pieces into one file, hashed on the way, durable when the call returns.
+
+Each piece is a `torch.save` archive, as torch.distributed.checkpoint stores it; where its raw bytes lie is recorded, so
+our reader needs no archive and no pickle. Must not know: manifests, other ranks, retention.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any, cast
+
+import numpy as np
+import torch
+import xxhash
+
+from windlass.checkpoint.manifest import StoredFile
+from windlass.dist.errors import CheckpointError
+from windlass.dist.state import Piece
+
+BUFFER_BYTES = 8 << 20
+ALIGNMENT = 64  # torch aligns data inside an archive to this; starting archives there aligns it in the file
+
+
+@dataclass(frozen=True)
+class Written:
+    """Where one piece went: its raw bytes, and the archive around them."""
+
+    offset: int
+    num_bytes: int
+    xxh3: str
+    archive_offset: int
+    archive_bytes: int
+
+
+class _Stream:
+    """A file for `torch.save` that hashes, counts and notices where a tensor's own bytes go by.
+
+    An error is kept and raised after `torch.save` has returned: thrown through its archive writer it would be replaced
+    by one that hides the cause.
+    """
+
+    def __init__(self, file: io.FileIO) -> None:
+        self.file = file
+        self.pending = bytearray()
+        self.position = 0
+        self.hasher = xxhash.xxh3_64()
+        self.error: BaseException | None = None
+        self.watched = (0, 0)  # address and bytes of the tensor under way
+        self.seen_at: int | None = None
+
+    def write(self, data: Any) -> int:
+        view = memoryview(data)  # of bytes: torch.save hands over no others
+        self.hasher.update(view)
+        if len(view) == self.watched[1] and _address(view) == self.watched[0]:
+            self.seen_at = self.position
+        self.position += len(view)
+        if self.error is None:
+            try:
+                self._put(view)
+            except BaseException as error:
+                self.error = error
+        return len(view)
+
+    def flush(self) -> None:
+        """Nothing: `finish` writes what is pending."""
+
+    def _put(self, view: memoryview) -> None:
+        if len(self.pending) + len(view) > BUFFER_BYTES:
+            _write_all(self.file, self.pending)
+            self.pending.clear()
+        if len(view) > BUFFER_BYTES:
+            _write_all(self.file, view)
+        else:
+            self.pending += view
+
+    def save(self, tensor: torch.Tensor) -> Written:
+        self.write(bytes(-self.position % ALIGNMENT))
+        start, self.seen_at = self.position, None
+        raw = tensor.detach().contiguous().cpu().reshape(-1).view(torch.uint8)
+        data = raw.numpy().data
+        self.watched = (raw.data_ptr(), raw.nbytes)
+        # A storage of exactly these bytes: torch.save writes whole storages, and pieces are views of large ones.
+        torch.save(torch.frombuffer(data, dtype=tensor.dtype).view(tensor.shape), cast(IO[bytes], self))
+        self.check()
+        if self.seen_at is None:
+            raise CheckpointError(
+                f"torch {torch.__version__} did not write a tensor's bytes in one part, so their place in "
+                f"{self.file.name} is unknown: use a torch version that Windlass is tested with (2.11 to 2.13)"
+            )
+        return Written(self.seen_at, raw.nbytes, xxhash.xxh3_64_hexdigest(data), start, self.position - start)
+
+    def check(self) -> None:
+        if self.error is not None:
+            raise self.error
+
+    def finish(self) -> StoredFile:
+        self.check()
+        _write_all(self.file, self.pending)
+        os.fsync(self.file.fileno())
+        return StoredFile(self.position, self.hasher.hexdigest())
+
+
+def write_pieces(
+    path: Path, pieces: Sequence[Piece], before_piece: Callable[[], None]
+) -> tuple[list[Written], StoredFile]:
+    """Write pieces that are not empty, in order, into a new file and make it durable.
+
+    Raises: OSError as the file system reports it.
+    """
+    with _named(path), _without_crc32(), open(path, "xb", buffering=0) as file:
+        stream = _Stream(file)
+        written = []
+        for piece in pieces:
+            before_piece()
+            written.append(stream.save(piece.tensor))
+        return written, stream.finish()
+
+
+def write_file(path: Path, data: bytes) -> StoredFile:
+    """Write a new file whole and make it durable."""
+    with _named(path), open(path, "xb", buffering=0) as file:
+        _write_all(file, data)
+        os.fsync(file.fileno())
+    return StoredFile(len(data), xxhash.xxh3_64_hexdigest(data))
+
+
+def fsync_folder(folder: Path) -> None:
+    """Make the entries of a folder durable."""
+    with _named(folder):
+        handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def _write_all(file: io.FileIO, data: bytes | bytearray | memoryview) -> None:
+    with memoryview(data) as whole:
+        done = 0
+        while done < len(whole):
+            done += file.write(whole[done:])
+
+
+def _address(view: memoryview) -> int:
+    return np.frombuffer(view, np.uint8).__array_interface__["data"][0] if view else 0
+
+
+@contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """Add the path to errors of calls that only know a file number."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None and error.errno is not None:
+            raise OSError(error.errno, error.strerror, str(path)) from error
+        raise
+
+
+@contextmanager
+def _without_crc32() -> Iterator[None]:
+    # The archive's own CRC halves the write speed, torch.load never checks it, and xxh3 covers the same bytes.
+    before = torch.serialization.get_crc32_options()
+    torch.serialization.set_crc32_options(False)
+    try:
+        yield
+    finally:
+        torch.serialization.set_crc32_options(before)

@@ -1,0 +1,1 @@
+"""YAML jobs and model presets, nothing else."""

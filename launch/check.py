@@ -1,0 +1,215 @@
+"""What a job must fulfil beyond the type of each key: ranges, combinations, settings that would have no effect.
+
+All of it happens before any process starts, and every message names the keys and a value that works.
+Deliberately allowed: `precision.reduce=bf16` with fp32 parameters (lossy in the sums, halves the gradient bytes), and
+`train.seq_len` beyond `model.max_seq_len` with rotary positions (they extrapolate).
+Must not know: YAML, models beyond their configuration, devices beyond whether CUDA is there.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, get_args, get_origin
+
+from windlass.data.facts import check_vocab, read_facts
+from windlass.data.mixture import check_data_config
+from windlass.dist.device import pick_device
+from windlass.dist.errors import ConfigError
+from windlass.dist.mesh import Mesh, plan_mesh
+from windlass.launch.job import Key, Loaded, job_keys
+from windlass.model.config import check_model
+
+_LIMITS: tuple[tuple[str, Callable[[Any, Any], bool], str], ...] = (
+    ("gt", lambda value, limit: value > limit, "greater than"),
+    ("ge", lambda value, limit: value >= limit, "at least"),
+    ("lt", lambda value, limit: value < limit, "less than"),
+    ("le", lambda value, limit: value <= limit, "at most"),
+)
+
+
+def check_values(loaded: Loaded) -> None:
+    """Check every value against the choices and range of its own key.
+
+    Raises: ConfigError naming the key, where it was given, and what it may be
+    """
+    for key in job_keys().values():
+        value = loaded.value(key.path)
+        if value is None:
+            continue
+        if key.choices and value not in key.choices:
+            raise ConfigError(f"{loaded.at(key.path)}: must be one of {', '.join(map(str, key.choices))}.")
+        numbers = [v for v in (value if isinstance(value, tuple) else (value,)) if isinstance(v, float)]
+        if not all(map(math.isfinite, numbers)):
+            raise ConfigError(f"{loaded.at(key.path)}: must be a finite number.")
+        if any(name in key.metadata and not holds(value, key.metadata[name]) for name, holds, _ in _LIMITS):
+            raise ConfigError(f"{loaded.at(key.path)}: must be {range_text(key)}.")
+
+
+def range_text(key: Key) -> str:
+    """Say the range of a key in words; empty when it has none."""
+    text = " and ".join(f"{words} {key.metadata[name]}" for name, _, words in _LIMITS if name in key.metadata)
+    return f"{text} {key.metadata['unit']}" if text and "unit" in key.metadata else text
+
+
+def type_text(key: Key) -> str:
+    """Say the type of a key in words."""
+    names = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+    origin, inner = get_origin(key.type), get_args(key.type)
+    if origin is tuple:
+        text = f"a list of {len(inner)} numbers"
+    elif origin is list:
+        text = "a list of " + ("mappings" if get_origin(inner[0]) is dict else f"{names[inner[0]]} values")
+    else:
+        text = "a mapping" if origin is dict else names[key.type]
+    return text + (" or null" if key.optional else "")
+
+
+def check_job(loaded: Loaded, world_size: int, *, to_run: bool = True) -> Mesh:
+    """Check everything that involves more than one key, and return the mesh. With `to_run` also what only a run needs:
+    data, the device, a checkpoint to resume.
+
+    Raises: ConfigError for combinations that cannot work and for settings without effect; PlanError if the mesh does
+            not fit the world size; DataError for a data folder that cannot be used
+    """
+    mesh = plan_mesh(loaded.config.parallelism, world_size)
+    check_model(loaded.config.model, {k.removeprefix("model.") for k in loaded.given if k.startswith("model.")})
+    _check_batch(loaded, mesh)
+    _check_schedule(loaded)
+    _check_optimizer(loaded)
+    _check_precision(loaded)
+    _check_zero(loaded, mesh)
+    _check_unused(loaded)
+    if to_run:
+        _check_run(loaded)
+    return mesh
+
+
+def _unused(loaded: Loaded, path: str, why: str) -> None:
+    if path in loaded.given:
+        raise ConfigError(f"{loaded.at(path)}: has no effect {why}. Remove it, or change that.")
+
+
+def _check_batch(loaded: Loaded, mesh: Mesh) -> None:
+    train, model = loaded.config.train, loaded.config.model
+    ranks = mesh.world_size
+    unit = train.micro_batch * ranks
+    if train.global_batch % unit:
+        below, above = train.global_batch // unit * unit, -(-train.global_batch // unit) * unit
+        legal = f"{below} or {above}" if below else str(above)
+        raise ConfigError(
+            f"{loaded.at('train.global_batch')}: must be a multiple of train.micro_batch x data-parallel ranks = "
+            f"{train.micro_batch} x {ranks} = {unit}. Use {legal}."
+        )
+    if model.positions == "learned" and train.seq_len > model.max_seq_len:
+        raise ConfigError(
+            f"{loaded.at('train.seq_len')}: learned positions end at model.max_seq_len = {model.max_seq_len}. "
+            f"Use train.seq_len={model.max_seq_len} or model.max_seq_len={train.seq_len}."
+        )
+
+
+def _check_schedule(loaded: Loaded) -> None:
+    schedule, steps = loaded.config.lr_scheduler, loaded.config.train.steps
+    if schedule.warmup_steps >= steps and schedule.warmup_steps:
+        raise ConfigError(
+            f"{loaded.at('lr_scheduler.warmup_steps')}: must be less than train.steps = {steps}, or the peak rate is "
+            f"never reached. Use {max(steps // 10, 0)}."
+        )
+    if schedule.kind != "wsd":
+        _unused(loaded, "lr_scheduler.decay_steps", f"with lr_scheduler.kind = '{schedule.kind}', only with wsd")
+    elif schedule.warmup_steps + schedule.decay_steps > steps:
+        raise ConfigError(
+            f"{loaded.at('lr_scheduler.decay_steps')}: with lr_scheduler.warmup_steps = {schedule.warmup_steps} it is "
+            f"longer than train.steps = {steps}. Use at most {steps - schedule.warmup_steps}."
+        )
+    if schedule.kind == "constant":
+        _unused(loaded, "lr_scheduler.min_ratio", "with lr_scheduler.kind = 'constant'")
+
+
+def _check_optimizer(loaded: Loaded) -> None:
+    optimizer = loaded.config.optimizer
+    if optimizer.name == "sgd":
+        for name in ("betas", "eps"):
+            _unused(loaded, f"optimizer.{name}", "with optimizer.name = 'sgd'")
+    else:
+        _unused(loaded, "optimizer.momentum", f"with optimizer.name = '{optimizer.name}', which has optimizer.betas")
+    if not all(0 <= beta < 1 for beta in optimizer.betas):
+        raise ConfigError(
+            f"{loaded.at('optimizer.betas')}: both must be at least 0 and less than 1, as in [0.9, 0.95]."
+        )
+    if optimizer.nonfinite != "skip":
+        _unused(loaded, "optimizer.max_skips", f"with optimizer.nonfinite = '{optimizer.nonfinite}'")
+
+
+def _check_precision(loaded: Loaded) -> None:
+    precision = loaded.config.precision
+    legal = ("auto", "fp64") if precision.param == "fp64" else ("auto", "fp32", "bf16")
+    if precision.reduce not in legal:
+        raise ConfigError(
+            f"{loaded.at('precision.reduce')}: with precision.param = '{precision.param}' it must be one of "
+            f"{', '.join(legal)}."
+        )
+
+
+def _check_zero(loaded: Loaded, mesh: Mesh) -> None:
+    zero, sizes = loaded.config.zero, mesh.sizes
+    if zero.stage != 3:
+        for name in ("reshard", "prefetch"):
+            _unused(loaded, f"zero.{name}", f"with zero.stage = {zero.stage}, only with 3")
+    if zero.stage == 0 and sizes["dp_replicate"] > 1:
+        raise ConfigError(
+            f"{loaded.at('parallelism.dp_replicate')}: zero.stage = 0 keeps everything on every rank anyway. "
+            "Use parallelism.dp_replicate=1, or zero.stage=1 or more to shard within replicas."
+        )
+    if zero.stage > 0 and sizes["dp_shard"] == 1 and mesh.world_size > 1:
+        raise ConfigError(
+            f"{loaded.at('zero.stage')}: nothing is sharded over parallelism.dp_shard = 1. Use zero.stage=0 with "
+            f"parallelism.dp_replicate=1, or parallelism.dp_shard={mesh.world_size}."
+        )
+
+
+def _check_unused(loaded: Loaded) -> None:
+    config = loaded.config
+    if config.activation.policy != "recompute":
+        _unused(
+            loaded, "activation.every", f"with activation.policy = '{config.activation.policy}', only with recompute"
+        )
+    if not config.checkpoint.every and not config.checkpoint.at_end:
+        _unused(loaded, "checkpoint.keep", "when nothing is saved (checkpoint.every = 0, checkpoint.at_end = false)")
+    if not config.profiler.start_step:
+        for path in loaded.given:
+            if path.startswith("profiler."):
+                _unused(loaded, path, "with profiler.start_step = 0, which records nothing")
+    elif config.profiler.start_step > config.train.steps:
+        raise ConfigError(
+            f"{loaded.at('profiler.start_step')}: the run ends at train.steps = {config.train.steps}. Use at most that."
+        )
+    if config.checkpoint.every > config.train.steps:
+        raise ConfigError(
+            f"{loaded.at('checkpoint.every')}: more than train.steps = {config.train.steps}, so none is ever saved "
+            "along the way. Use 0 to save at the end only."
+        )
+    if config.train.device == "cuda" and config.parallelism.transport == "shm":
+        raise ConfigError(
+            f"{loaded.at('parallelism.transport')}: shared memory is between CPU ranks. With train.device = 'cuda' use "
+            "auto or group."
+        )
+
+
+def _check_run(loaded: Loaded) -> None:
+    data = loaded.config.data
+    check_data_config(data)
+    folders = [data.path] if data.path is not None else [member["path"] for member in data.mixture]
+    if not folders:
+        raise ConfigError(
+            "data.path = null: no data. Give a folder written by 'windlass data prepare': data.path=FOLDER, or several "
+            "in data.mixture."
+        )
+    for folder in folders:
+        check_vocab(read_facts(folder), loaded.config.model.vocab_size)
+    resume = loaded.config.checkpoint.resume
+    if resume not in ("auto", "never") and not Path(resume).is_dir():
+        raise ConfigError(f"{loaded.at('checkpoint.resume')}: no such folder. Use auto, never or a checkpoint folder.")
+    if loaded.config.train.device == "cuda":
+        pick_device("cuda")

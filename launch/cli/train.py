@@ -1,0 +1,95 @@
+"""`windlass train` and `windlass launch`: from a job to running workers."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from typing import Annotated
+
+import typer
+
+JOB_HELP = "A YAML file or the name of a preset in configs/."
+OVERRIDES = {"allow_extra_args": True, "ignore_unknown_options": True}
+TRAIN_HELP = """Train a job: in this process, on several local workers, or as one worker of torchrun or Slurm.
+
+Everything after JOB overrides a key of it, as a.b=c or --a.b=c. The job is checked before any process starts.
+SIGTERM or Ctrl-C finishes the step, saves a checkpoint and exits with 0; a second one ends at once.
+
+Examples:
+
+    windlass train tiny train.steps=100
+
+    windlass train job.yaml launch.workers=2 --zero.stage=3
+
+    torchrun --nproc-per-node 2 -m windlass train job.yaml
+
+    srun --ntasks-per-node=8 windlass train job.yaml
+"""
+LAUNCH_HELP = """Train a job in a Ray cluster, one actor per device.
+
+Everything after JOB overrides a key of it; launch.workers is the number of workers. The output of rank 0 appears here,
+and a failure shows its first cause once. A Ray started here is stopped afterwards, an existing cluster left alone.
+
+Examples:
+
+    windlass launch job.yaml --ray local launch.workers=2
+
+    windlass launch job.yaml --ray auto --nodes 2 launch.workers=16
+"""
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands."""
+    app.command("train", help=TRAIN_HELP, context_settings=OVERRIDES)(train)
+    app.command("launch", help=LAUNCH_HELP, context_settings=OVERRIDES)(launch)
+
+
+def train(ctx: typer.Context, job: Annotated[str, typer.Argument(metavar="JOB [KEY=VALUE]...", help=JOB_HELP)]) -> None:
+    from windlass.dist.env import read_process_env
+    from windlass.launch.check import check_job
+    from windlass.launch.config import load_job
+    from windlass.launch.failure import guarded
+    from windlass.launch.local import launch_local
+    from windlass.launch.worker import check_num_workers, work, worker_command
+
+    env = read_process_env()
+    if env.launcher != "none":
+
+        def run() -> int:
+            loaded = load_job(job, ctx.args)
+            check_num_workers(loaded, env)
+            check_job(loaded, env.world_size)
+            return work(loaded, env)
+
+        raise typer.Exit(guarded(run, env))
+    loaded = load_job(job, ctx.args)
+    launch_config = loaded.config.launch
+    check_job(loaded, launch_config.workers)
+    if launch_config.workers > 1:
+        raise typer.Exit(launch_local(worker_command(loaded), launch_config))
+    raise typer.Exit(work(loaded, env))
+
+
+def launch(
+    ctx: typer.Context,
+    job: Annotated[str, typer.Argument(metavar="JOB [KEY=VALUE]...", help=JOB_HELP)],
+    ray: Annotated[str, typer.Option(help="local: start Ray here; auto: the running cluster; or its HOST:PORT")],
+    nodes: Annotated[int, typer.Option(min=0, help="nodes with equally many workers each (0: Ray chooses)")] = 0,
+    spread: Annotated[bool, typer.Option("--spread", help="over as many nodes as possible, not as few")] = False,
+) -> None:
+    from windlass.dist.errors import ConfigError
+    from windlass.launch.check import check_job
+    from windlass.launch.config import load_job
+    from windlass.launch.worker import worker_command
+
+    if find_spec("ray") is None:
+        raise ConfigError("windlass launch needs Ray, which is not installed. Install it: pip install ray")
+    loaded = load_job(job, ctx.args)
+    config = loaded.config
+    # What only a run needs is at the nodes of a cluster, not necessarily here.
+    check_job(loaded, config.launch.workers, to_run=ray == "local")
+    from windlass.launch.ray.workers import launch_ray
+
+    code = launch_ray(
+        worker_command(loaded), config.launch, address=ray, num_nodes=nodes, spread=spread, device=config.train.device
+    )
+    raise typer.Exit(code)

@@ -1,0 +1,303 @@
+"""The composition root: builds the machine of one rank from a job, owns all lifetimes, and runs it.
+
+The only place that constructs objects of two layers. Whatever a user can get wrong is looked at before the ranks meet.
+Must not know: how anything it builds works.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import final
+
+from windlass.checkpoint.save import SaveReport, save
+from windlass.data.loader import Loader
+from windlass.dist.comm import Comm, Group
+from windlass.dist.device import Device, pick_device
+from windlass.dist.env import ProcessEnv, read_process_env
+from windlass.dist.mesh import plan_mesh
+from windlass.dist.trace import Tracer
+from windlass.launch.config import to_yaml
+from windlass.launch.events import Ended, EventStream, Resumed, Started
+from windlass.launch.inputs import Inputs, Validation, open_inputs
+from windlass.launch.job import JobConfig
+from windlass.launch.metrics import build_sinks
+from windlass.launch.plan import Plan, make_plan
+from windlass.launch.profiler import StepProfiler
+from windlass.launch.resume import Progress, checkpoint_extra, versions
+from windlass.launch.run_folder import RunFolder, RunLock
+from windlass.launch.start import check_same, find_checkpoint_to_resume, go_on, start_values, to_be_restored
+from windlass.launch.trainer import Trainer
+from windlass.model.build import build_model
+from windlass.offload.ledger import TIERS, TierLedger
+from windlass.parallel.engine import Engine
+
+
+@final
+@dataclass
+class Run:
+    """The built machine of one rank. Leaving its `with` block takes it down in the reverse order of its building."""
+
+    config: JobConfig
+    env: ProcessEnv
+    device: Device
+    inputs: Inputs
+    folder: RunFolder
+    events: EventStream
+    tracer: Tracer
+    ledger: TierLedger
+    comm: Comm
+    plan: Plan
+    engine: Engine
+    progress: Progress
+    loader: Loader
+    profiler: StepProfiler
+    flops_per_token: float
+    peak_flops: float
+    began: float  # time.perf_counter() when building began
+    lifetimes: ExitStack
+    tiers: tuple[str, ...] = TIERS
+
+    @property
+    def rank(self) -> int:
+        return self.env.rank
+
+    @property
+    def num_ranks(self) -> int:
+        return self.env.world_size
+
+    @property
+    def world(self) -> Group:
+        return self.comm.world
+
+    @property
+    def validation(self) -> Validation | None:
+        return self.inputs.validation
+
+    @property
+    def bytes_per_token(self) -> float:
+        return self.inputs.train.bytes_per_token
+
+    def comm_bytes(self) -> int:
+        """Return the bytes received from other ranks so far."""
+        return self.comm.ledger.total().wire_bytes
+
+    def save(self, step: int, tokens: int) -> SaveReport:
+        """Save a checkpoint.
+
+        Collective: every rank
+        """
+        extra = checkpoint_extra(
+            self.config,
+            self.inputs.identity,
+            self.num_ranks,
+            step=step,
+            consumed=self.loader.consumed,
+            tokens=tokens,
+            optimizer_steps=self.engine.optimizer_steps,
+        )
+        keep = self.config.checkpoint.keep
+        return save(self.folder.checkpoints, step, self.engine, extra, self.world, keep=keep, tracer=self.tracer)
+
+    def ended(
+        self, step: int, reason: str, *, ok: bool, tokens: int, productive_s: float, collective: bool = True
+    ) -> Ended:
+        """Sum up the run; byte counts are those of the worst rank, or of this one when peers may be gone.
+
+        Collective: every rank, unless told otherwise
+        """
+        peaks = {tier: self.ledger.peak(tier) for tier in self.tiers} | {"process": self.device.peak_bytes()}
+        measured = {"total": peaks["process"]}
+        for tier in self.tiers:
+            for state, num_bytes in self.ledger.peak_by_class(tier).items():
+                measured[state] = measured.get(state, 0) + num_bytes
+        told = self.world.gather_objects([peaks, measured]) if collective else [[peaks, measured]]
+        elapsed = time.perf_counter() - self.began
+        plan = self._whole_plan() if ok and self.rank == 0 else self.plan
+        places = (self.folder.metrics, self.folder.log, self.folder.tensorboard, self.folder.checkpoints)
+        return Ended(
+            step,
+            reason,
+            ok,
+            tokens,
+            elapsed,
+            productive_s / elapsed,
+            peak_bytes=_worst([peaks for peaks, _ in told]),
+            predicted_bytes=_predicted(plan),
+            measured_bytes=_worst([measured for _, measured in told]),
+            warnings=list(self.events.warnings),
+            files=[str(path) for path in places if path.exists()],
+        )
+
+    def _whole_plan(self) -> Plan:
+        """Complete the plan with activations, in the run folder too, to stand beside what was measured."""
+        plan = make_plan(self.config, self.num_ranks, self.config.cluster, self.device.kind)
+        try:
+            self.folder.write_plan(json.dumps(plan.as_json(), indent=1))
+        except OSError as error:
+            self.events.warn(0, f"plan.json is without activations in '{self.folder.root}': {error.strerror}")
+        return plan
+
+    def __enter__(self) -> Run:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.lifetimes.close()
+
+
+@dataclass
+class _Clock:
+    """Seconds of each phase of building."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        began = time.perf_counter()
+        yield
+        self.seconds[name] = time.perf_counter() - began
+
+
+def run_worker(config: JobConfig, env: ProcessEnv | None = None) -> int:
+    """Train a job as one rank and return its exit code, 0 also when it was asked to stop.
+
+    Collective: every rank of the job, once
+    Raises: WindlassError for whatever stops the run
+    """
+    with build_run(config, env if env is not None else read_process_env()) as run:
+        Trainer(run).train()
+    return 0
+
+
+def build_run(config: JobConfig, env: ProcessEnv) -> Run:
+    """Build everything one rank needs, in the order in which it can fail.
+
+    Collective: every rank of the job, once
+    """
+    began, clock = time.perf_counter(), _Clock()
+    with ExitStack() as stack:
+        with clock.phase("data"):
+            device = pick_device(config.train.device, env.local_rank)
+            model = build_model(config.model)
+            inputs = open_inputs(config, env.rank, env.world_size, config.model.vocab_size)
+        with clock.phase("plan"):
+            mesh = plan_mesh(config.parallelism, env.world_size)
+            # Activations are measured when the run has ended: that imports torch's compiler, seconds of every start.
+            plan = make_plan(config, env.world_size, config.cluster, device.kind, activations=False)
+            folder, events = _open_folder(config, env.rank, stack)
+        with clock.phase("ranks"):
+            tracer, ledger = Tracer(), TierLedger()
+            parallelism = config.parallelism
+            comm = stack.enter_context(
+                Comm.start(env, device, transport=parallelism.transport, timeout_s=parallelism.timeout_s, tracer=tracer)
+            )
+            check_same(comm.world, {"config": asdict(config), "plan": plan.as_json(), "versions": versions()})
+        with clock.phase("checkpoint"):
+            checkpoint, passed_over = find_checkpoint_to_resume(config, folder, comm.world)
+        with clock.phase("engine"):
+            engine = Engine(
+                model,
+                comm=comm,
+                mesh=mesh,
+                device=device,
+                zero=config.zero,
+                precision=config.precision,
+                activation=config.activation,
+                optimizer=config.optimizer,
+                fill=start_values(config, model, stack) if checkpoint is None else to_be_restored,
+                tracer=tracer,
+                account=lambda state, num_bytes: ledger.add("device", state, num_bytes),
+            )
+        with clock.phase("restore"):
+            progress = go_on(config, inputs.identity, engine, comm.world, checkpoint, passed_over)
+        with clock.phase("loader"):
+            loader = stack.enter_context(inputs.loader(progress.consumed))
+            profiler = StepProfiler(config.profiler, folder.traces, env.rank, tracer)
+        run = Run(
+            config=config,
+            env=env,
+            device=device,
+            inputs=inputs,
+            folder=folder,
+            events=events,
+            tracer=tracer,
+            ledger=ledger,
+            comm=comm,
+            plan=plan,
+            engine=engine,
+            progress=progress,
+            loader=loader,
+            profiler=profiler,
+            flops_per_token=plan.flops_per_step * plan.world_size / plan.tokens_per_step,
+            peak_flops=device.peak_flops(config.precision.param_dtype) if env.rank == 0 else 0.0,
+            began=began,
+            lifetimes=stack.pop_all(),
+        )
+    _announce(run, clock.seconds)
+    return run
+
+
+def _open_folder(config: JobConfig, rank: int, stack: ExitStack) -> tuple[RunFolder, EventStream]:
+    """Lock the run folder on rank 0 and open the event stream of this rank."""
+    folder = RunFolder(Path(config.train.run_dir))
+    if rank == 0:
+        folder.create()
+        stack.enter_context(RunLock(folder))
+    sinks = build_sinks(config.metrics, rank, metrics=folder.metrics, log=folder.log, tensorboard=folder.tensorboard)
+    events = EventStream(sinks)
+    stack.callback(events.close)
+    return folder, events
+
+
+def _announce(run: Run, seconds: dict[str, float]) -> None:
+    """Say what begins now, in the run folder and in the event stream."""
+    p = run.progress
+    if run.rank == 0:
+        try:
+            run.folder.write_config(to_yaml(run.config))
+            run.folder.write_plan(json.dumps(run.plan.as_json(), indent=1))
+        except OSError as error:
+            run.events.warn(
+                p.step, f"config.yaml and plan.json are not up to date in '{run.folder.root}': {error.strerror}"
+            )
+    if run.validation is None and run.rank == 0:
+        run.events.warn(
+            p.step,
+            "the data has no validation documents, so there is no validation loss (windlass data prepare --validation)",
+        )
+    if p.folder:
+        run.events.emit(Resumed(p.step, p.folder, p.consumed, p.seconds, p.passed_over, p.changes))
+    run.events.emit(
+        Started(
+            p.step,
+            run.config.train.steps,
+            run.engine.num_parameters,
+            run.num_ranks,
+            run.device.name,
+            run.inputs.identity.global_batch,
+            run.config.train.seq_len,
+            seconds,
+            versions(),
+        )
+    )
+
+
+def _worst(by_rank: list[dict[str, int]]) -> dict[str, int]:
+    """Return the largest value of each key over all ranks."""
+    return {key: max(counts.get(key, 0) for counts in by_rank) for key in dict.fromkeys(k for c in by_rank for k in c)}
+
+
+def _predicted(plan: Plan) -> dict[str, int]:
+    """Return the bytes the plan foresaw for a rank by class of state, over all tiers, and in total."""
+    predicted = {"total": plan.device_bytes}
+    for classes in plan.bytes.values():
+        for state, num_bytes in classes.items():
+            predicted[state] = predicted.get(state, 0) + num_bytes
+    return predicted

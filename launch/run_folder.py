@@ -1,0 +1,163 @@
+"""The folder of a run: where everything a run writes has its place, and who may write.
+
+    RUN/
+      config.yaml          the resolved configuration of the latest start (earlier ones: config-1.yaml, ...)
+      plan.json            what was planned from it
+      metrics.jsonl        one JSON object per event, every start of the run appended
+      log.txt              the lines that rank 0 printed
+      tensorboard/         the same numbers as scalars
+      checkpoints/         step-00000100/ ...
+      traces/              Chrome traces of the profiler window
+      lock                 held by the process of rank 0 while it runs
+
+Must not know: what the files say. The layout is explained in docs/run-folder.md.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import socket
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from types import TracebackType
+from typing import final
+
+from windlass.dist.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """The paths inside one run folder."""
+
+    root: Path
+
+    @property
+    def config(self) -> Path:
+        return self.root / "config.yaml"
+
+    @property
+    def plan(self) -> Path:
+        return self.root / "plan.json"
+
+    @property
+    def metrics(self) -> Path:
+        return self.root / "metrics.jsonl"
+
+    @property
+    def log(self) -> Path:
+        return self.root / "log.txt"
+
+    @property
+    def tensorboard(self) -> Path:
+        return self.root / "tensorboard"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.root / "checkpoints"
+
+    @property
+    def traces(self) -> Path:
+        return self.root / "traces"
+
+    def create(self) -> None:
+        """Make the folder and its sub-folders.
+
+        Raises: ConfigError if the path cannot be a writable folder.
+        """
+        try:
+            for folder in (self.root, self.checkpoints, self.traces):
+                folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            what = f"{error.strerror} ({error.filename})"
+            raise ConfigError(f"train.run_dir = '{self.root}': {what}. Give a folder that can be written.") from error
+
+    def write_config(self, text: str) -> None:
+        """Write config.yaml; a different earlier one is kept under the next free number."""
+        if self.config.exists() and self.config.read_text() != text:
+            number = next(n for n in range(1, 10**9) if not (self.root / f"config-{n}.yaml").exists())
+            self.config.rename(self.root / f"config-{number}.yaml")
+        write_atomically(self.config, text)
+
+    def write_plan(self, text: str) -> None:
+        write_atomically(self.plan, text)
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Replace a small file so that a reader sees the old or the new text, never half of it.
+
+    Raises: OSError; the old text is still there then
+    """
+    draft = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        draft.write_text(text)
+        draft.replace(path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            draft.unlink()
+        raise
+
+
+@final
+class RunLock:
+    """The right to write into a run folder, held until `release`, the end of the block or of the process.
+
+    The kernel drops the lock with the process, however it ends, so a killed run never blocks the next one.
+
+    Raises: ConfigError if another process holds it, naming the process, its host and since when.
+    """
+
+    def __init__(self, folder: RunFolder) -> None:
+        self.path = folder.root / "lock"
+        try:
+            self._fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        except OSError as error:
+            raise ConfigError(
+                f"train.run_dir = '{folder.root}': {error.strerror}. Give a folder that can be written."
+            ) from error
+        try:
+            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            owner = os.pread(self._fd, 4096, 0).decode(errors="replace")
+            os.close(self._fd)
+            if not isinstance(error, BlockingIOError):
+                raise ConfigError(
+                    f"train.run_dir = '{folder.root}': this file system does not lock files ({error.strerror}). "
+                    "Give a folder on another one."
+                ) from error
+            raise ConfigError(
+                f"train.run_dir = '{folder.root}': in use by {_describe(owner)}. "
+                "Wait for it, stop it, or give another train.run_dir."
+            ) from None
+        owner = json.dumps(
+            {"pid": os.getpid(), "host": socket.gethostname(), "since": datetime.now().isoformat(" ", "seconds")}
+        )
+        os.ftruncate(self._fd, 0)
+        os.pwrite(self._fd, owner.encode(), 0)
+
+    def release(self) -> None:
+        """Let others write; calling it again does nothing."""
+        if self._fd >= 0:
+            os.ftruncate(self._fd, 0)
+            fcntl.flock(self._fd, fcntl.LOCK_UN)  # for forked children too, which share the open file
+            os.close(self._fd)
+            self._fd = -1
+
+    def __enter__(self) -> RunLock:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.release()
+
+
+def _describe(owner: str) -> str:
+    try:
+        facts = json.loads(owner)
+        return f"another run (process {facts['pid']} on {facts['host']}, since {facts['since']})"
+    except (ValueError, KeyError, TypeError):  # the owner has the lock but has not written its name yet
+        return "another run that is just starting"

@@ -1,0 +1,102 @@
+"""Watches the workers of a run until all have ended: the same rules for local processes and Ray actors.
+
+A failed worker ends the run: the others get a moment to report by themselves, then SIGTERM, then SIGKILL.
+SIGTERM or SIGINT to the launcher is passed on once, so that workers finish their step, save and end; a second one
+kills. Must not know what a worker is: it sees ranks, exits and signals.
+"""
+
+from __future__ import annotations
+
+import signal
+import sys
+import time
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from types import FrameType
+from typing import Protocol
+
+from windlass.launch.failure import Exit, format_failures, order_failures
+
+REPORT_S = 2.0  # a lost peer is noticed within milliseconds, so every worker that can report has done so by then
+ASKED_TO_END = (0, -signal.SIGTERM, -signal.SIGINT, -signal.SIGKILL, 128 + signal.SIGTERM, 128 + signal.SIGINT)
+
+
+class WorkerGroup(Protocol):
+    """Workers under way, by rank."""
+
+    num_workers: int
+
+    def wait(self, timeout_s: float) -> list[Exit]:
+        """Pass on output and return the workers that ended since the last call, waiting at most `timeout_s`."""
+
+    def send(self, ranks: Collection[int], signum: int) -> None:
+        """Send a signal to workers that have not ended."""
+
+
+class StopRequests:
+    """How often the launcher was asked to stop."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def _handle(self, signum: int, frame: FrameType | None) -> None:
+        self.count += 1
+
+    @contextmanager
+    def listening(self) -> Iterator[StopRequests]:
+        """Count SIGTERM and SIGINT while the block runs."""
+        previous = {signum: signal.signal(signum, self._handle) for signum in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            yield self
+        finally:
+            for signum, handler in previous.items():
+                signal.signal(signum, handler)
+
+
+def supervise(group: WorkerGroup, grace_s: float, stop: StopRequests) -> list[Exit]:
+    """Wait until every worker has ended and return how.
+
+    Invariant:   after the first failure all workers have ended within REPORT_S + grace_s and the time a kill takes
+    """
+    running = set(range(group.num_workers))
+    signalled: set[int] = set()
+    exits: list[Exit] = []
+    terminate_at = kill_at = float("inf")
+    answered = 0
+
+    def send(signum: int) -> None:
+        group.send(running, signum)
+        signalled.update(running)
+
+    while running:
+        for ended in group.wait(0.1):
+            running.discard(ended.rank)
+            asked = ended.rank in signalled and ended.failure is None and ended.code in ASKED_TO_END
+            exits.append(replace(ended, stopped=asked))
+            if ended.code != 0 and not asked:
+                terminate_at = min(terminate_at, time.monotonic() + REPORT_S)
+        now = time.monotonic()
+        if stop.count > answered:
+            answered = stop.count
+            send(signal.SIGTERM if answered == 1 else signal.SIGKILL)
+        if now >= terminate_at:
+            terminate_at, kill_at = float("inf"), min(kill_at, now + grace_s)
+            send(signal.SIGTERM)
+        if now >= kill_at:
+            kill_at = now + 1.0
+            send(signal.SIGKILL)
+    return exits
+
+
+def conclude(exits: list[Exit], stop: StopRequests) -> int:
+    """Print the cause of a failed run, once, and return the exit code of the run."""
+    failures = order_failures(exits)
+    cut_short = [ended for ended in exits if ended.stopped and ended.code != 0]
+    if stop.count and cut_short and all(failure.secondary for failure in failures):
+        print("windlass: stopped on request before every worker could save", file=sys.stderr, flush=True)
+        return 128 + signal.SIGTERM
+    if not failures:
+        return 0
+    print(format_failures(exits), file=sys.stderr, flush=True)
+    return failures[0].exit_code

@@ -1,0 +1,155 @@
+"""How a unit's gradients are kept and summed over ranks: one protocol, two members.
+
+Gradients are plain sums over all ranks; the one division, by the global number of valid tokens, happened where
+backward was seeded. Must not know: parameters' values, optimizers, models.
+Source: Rajbhandari et al. 2020, arXiv:1910.02054, sections 5.1 and 5.2; hybrid sharding: the replicas' sum is taken
+once per step, of the accumulated shard.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Protocol
+
+import torch
+
+from windlass.dist.comm import Group, Pending, Symmetric
+from windlass.parallel.buffers import GradSlot, SlotPool
+from windlass.parallel.units import ParameterPlan, UnitPlan
+
+Gradients = Iterable[tuple[ParameterPlan, torch.Tensor]]
+
+
+class Reducer(Protocol):
+    """The gradients of one unit during one step."""
+
+    grad: torch.Tensor  # own box, (shard_numel,): after `finish` the sum over all ranks and micro-batches
+
+    def add(self, gradients: Gradients) -> None:
+        """Add the gradients of one use of the unit in this micro-batch."""
+
+    def complete(self, last: bool) -> None:
+        """Say that this micro-batch adds no more (`last`: nor does this step); may start reducing."""
+
+    def finish(self) -> None:
+        """Wait until `grad` holds the sum over all ranks."""
+
+    def for_update(self) -> torch.Tensor:
+        """Return the gradients of the part this rank updates, free to be overwritten."""
+
+
+class _Accumulator:
+    """Writes gradients into a flat unit buffer: the first one of a parameter overwrites, later ones add."""
+
+    def __init__(self, plan: UnitPlan) -> None:
+        self._plan = plan
+        self._seen: set[int] = set()
+
+    @property
+    def empty(self) -> bool:
+        return not self._seen
+
+    def add(self, flat: torch.Tensor, gradients: Gradients) -> None:
+        for p, gradient in gradients:
+            target = flat[p.offset : p.offset + p.numel].view(p.shape)
+            if p.offset in self._seen:
+                target.add_(gradient)
+            else:
+                target.copy_(gradient)
+                self._seen.add(p.offset)
+
+    def close(self, flat: torch.Tensor) -> None:
+        """Zero the parameters that got no gradient and start over."""
+        for p in self._plan.parameters:
+            if p.offset not in self._seen:
+                flat[p.offset : p.offset + p.numel].zero_()
+        self._seen.clear()
+
+
+class ReduceAtStep:
+    """The whole unit's gradients stay here and are reduced once, during the last backward (stages 0 and 1).
+
+    With `replicated`, every rank gets the whole sum (stage 0): a reduce-scatter followed by a gather, so that the sum
+    is formed in the same order as in the sharded stages and the stages are bitwise equal.
+    """
+
+    def __init__(self, plan: UnitPlan, symmetric: Symmetric, replicas: Group | None, replicated: bool) -> None:
+        self._symmetric = symmetric
+        self._replicas = replicas
+        self._replicated = replicated
+        self._label = f"grad {plan.name}"
+        self._accumulator = _Accumulator(plan)
+        self._pending: Pending[None] | None = None
+        self.grad = symmetric.mine
+
+    def add(self, gradients: Gradients) -> None:
+        if self._accumulator.empty:
+            self._symmetric.wait_free()
+        self._accumulator.add(self._symmetric.tensor, gradients)
+
+    def complete(self, last: bool) -> None:
+        if last:
+            self._accumulator.close(self._symmetric.tensor)
+            self._pending = self._symmetric.reduce_scatter(self.grad, accumulate=False, tag="grad", label=self._label)
+
+    def finish(self) -> None:
+        assert self._pending is not None
+        self._pending.wait()
+        self._pending = None
+        if self._replicas is not None:
+            self._replicas.all_reduce(self.grad, tag="grad", label=self._label).wait()
+        if self._replicated:
+            self._pending = self._symmetric.all_gather(tag="grad", label=self._label)
+
+    def for_update(self) -> torch.Tensor:
+        if not self._replicated:
+            return self.grad
+        assert self._pending is not None
+        self._pending.wait()
+        self._pending = None
+        self._symmetric.wait_free()
+        return self._symmetric.tensor
+
+
+class ReduceInBackward:
+    """Only the own box stays; a unit's gradients are reduced as soon as its backward is done (stages 2 and 3)."""
+
+    def __init__(self, plan: UnitPlan, shard: torch.Tensor, slots: SlotPool, replicas: Group | None) -> None:
+        self._plan = plan
+        self._slots = slots
+        self._replicas = replicas
+        self._label = f"grad {plan.name}"
+        self._accumulator = _Accumulator(plan)
+        self._layout = tuple((p.offset, p.numel) for p in plan.parameters)
+        self._slot: GradSlot | None = None
+        self._last_slot: GradSlot | None = None
+        self._accumulate = False
+        self.grad = shard
+
+    def add(self, gradients: Gradients) -> None:
+        if self._slot is None:
+            self._slot = self._slots.take(self._plan.shard_numel, self._layout)
+        self._accumulator.add(self._slot.symmetric.tensor, gradients)
+
+    def complete(self, last: bool) -> None:
+        if self._slot is None:
+            self._slot = self._slots.take(self._plan.shard_numel, self._layout)
+        slot, self._slot = self._slot, None
+        self._accumulator.close(slot.symmetric.tensor)
+        slot.held = False
+        slot.pending = slot.symmetric.reduce_scatter(
+            self.grad, accumulate=self._accumulate, tag="grad", label=self._label
+        )
+        self._last_slot = slot
+        self._accumulate = not last
+
+    def finish(self) -> None:
+        assert self._last_slot is not None
+        # If another unit took the slot since, that unit settled it already.
+        self._last_slot.settle()
+        self._last_slot = None
+        if self._replicas is not None:
+            self._replicas.all_reduce(self.grad, tag="grad", label=self._label).wait()
+
+    def for_update(self) -> torch.Tensor:
+        return self.grad

@@ -1,0 +1,115 @@
+"""ZeRO as data: where parameters, gradients and optimizer state are cut, and the units that follow from it.
+
+A stage is residency x reducer x "my range": nothing else in Windlass asks for the stage number.
+Source: Rajbhandari et al. 2020, arXiv:1910.02054.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from windlass.dist.comm import Group, Symmetric
+from windlass.parallel.buffers import Account, BufferPool, SlotPool
+from windlass.parallel.optim import OptimizerConfig
+from windlass.parallel.precision import PrecisionConfig
+from windlass.parallel.reducer import ReduceAtStep, ReduceInBackward, Reducer
+from windlass.parallel.residency import GatherOnUse, Replicated, Residency, Resident
+from windlass.parallel.unit import Unit
+from windlass.parallel.units import UnitPlan
+
+
+@dataclass(frozen=True)
+class ZeroConfig:
+    """How much of the training state is sharded over the axis `dp_shard`."""
+
+    stage: int = field(
+        default=0,
+        metadata={
+            "help": "0: replicate all; 1: shard optimizer state; 2: and gradients; 3: and parameters",
+            "choices": (0, 1, 2, 3),
+        },
+    )
+    reshard: str = field(
+        default="turnaround",
+        metadata={
+            "help": "stage 3: when gathered parameters are released. each: after every use (3 Psi per step); "
+            "turnaround: keep those whose backward follows at once; never: keep from forward to backward (2 Psi)",
+            "choices": ("each", "turnaround", "never"),
+        },
+    )
+    prefetch: int = field(
+        default=1, metadata={"help": "stage 3: units gathered ahead of their use", "unit": "units", "ge": 0, "le": 8}
+    )
+
+
+class UnitBuilder:
+    """Builds the units of one rank for one stage.
+
+    `shards` is the group that cuts the state (with stage 0: that splits the reduction); `replicas` the group of ranks
+    that hold the same shard, if there is more than one.
+    """
+
+    def __init__(
+        self,
+        zero: ZeroConfig,
+        precision: PrecisionConfig,
+        optimizer: OptimizerConfig,
+        shards: Group,
+        replicas: Group | None,
+        device: torch.device,
+        account: Account,
+    ) -> None:
+        self._zero, self._precision, self._optimizer = zero, precision, optimizer
+        self._shards, self._replicas = shards, replicas
+        self._device, self._account = device, account
+        self._pool = BufferPool(device, account)
+        self._slots = SlotPool(self._make_slot)
+
+    def build(self, plan: UnitPlan, parameters: Sequence[nn.Parameter]) -> Unit:
+        """Allocate one unit. Collective of the shard group."""
+        replicated = self._zero.stage == 0 or (not plan.trainable and self._zero.stage < 3)
+        own_range = (0, plan.padded) if replicated else plan.box(self._shards.rank)
+        unit = Unit(
+            plan,
+            list(parameters),
+            self._residency(plan, replicated),
+            self._reducer(plan) if plan.trainable else None,
+            own_range,
+            self._precision.master_dtype,
+            self._optimizer,
+        )
+        for state, held in unit.state_bytes().items():
+            self._account(state, held)
+        return unit
+
+    def _residency(self, plan: UnitPlan, replicated: bool) -> Residency:
+        dtype = self._precision.param_dtype
+        if replicated:
+            return Replicated(torch.zeros(plan.padded, dtype=dtype, device=self._device))
+        if self._zero.stage < 3:
+            return Resident(self._symmetric(plan.shard_numel, dtype, True, f"param {plan.name}"), plan.name)
+        own = self._symmetric(plan.shard_numel, dtype, False, f"param {plan.name}")
+        return GatherOnUse(own, plan.padded, self._pool, plan.name)
+
+    def _reducer(self, plan: UnitPlan) -> Reducer:
+        dtype = self._precision.reduce_dtype
+        if self._zero.stage < 2:
+            full = self._symmetric(plan.shard_numel, dtype, True, f"grad {plan.name}")
+            self._account("grad", full.tensor.nbytes)
+            return ReduceAtStep(plan, full, self._replicas, replicated=self._zero.stage == 0)
+        self._slots.register(plan.shard_numel)
+        shard = torch.zeros(plan.shard_numel, dtype=dtype, device=self._device)
+        self._account("grad", shard.nbytes)
+        return ReduceInBackward(plan, shard, self._slots, self._replicas)
+
+    def _make_slot(self, shard_numel: int, name: str) -> Symmetric:
+        slot = self._symmetric(shard_numel, self._precision.reduce_dtype, True, name)
+        self._account("grad_slot", slot.tensor.nbytes)
+        return slot
+
+    def _symmetric(self, shard_numel: int, dtype: torch.dtype, full: bool, name: str) -> Symmetric:
+        return self._shards.symmetric(shard_numel, dtype, full=full, name=name)

@@ -1,0 +1,16 @@
+"""Settings of every test session: tests.harness can be imported, one thread, and reproducible property tests."""
+
+import sys
+from pathlib import Path
+
+import hypothesis
+import torch
+
+ROOT = str(Path(__file__).resolve().parent.parent)
+TESTS = str(Path(__file__).resolve().parent)
+sys.path[:0] = [p for p in (ROOT,) if p not in sys.path]
+sys.path += [p for p in (TESTS,) if p not in sys.path]
+
+torch.set_num_threads(1)
+hypothesis.settings.register_profile("windlass", deadline=None, derandomize=True, max_examples=50, database=None)
+hypothesis.settings.load_profile("windlass")
