@@ -7,6 +7,7 @@ Must not know how workers are started.
 
 from __future__ import annotations
 
+import io
 import json
 import re
 import signal
@@ -99,8 +100,16 @@ def read_failure(path: Path) -> Failure | None:
     return Failure(**json.loads(path.read_text(encoding="utf-8"))["windlass"])
 
 
+def speak_in_lines() -> None:
+    """Write every line at once and as a whole, into a pipe too, where several ranks and the launcher may write."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(line_buffering=True, write_through=False)
+
+
 def guarded(run: Callable[[], int], env: ProcessEnv) -> int:
     """Run a worker's body; report what it raises and return the exit code."""
+    speak_in_lines()
     try:
         return run()
     except KeyboardInterrupt:

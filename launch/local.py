@@ -84,7 +84,7 @@ def spawn(
     import_path = os.pathsep.join(path or os.getcwd() for path in sys.path)
     process = subprocess.Popen(
         [sys.executable, *command.arguments],
-        env={**env.copy(), "PYTHONPATH": import_path, "PYTHONUNBUFFERED": "1", **variables},
+        env={**env.copy(), "PYTHONPATH": import_path, **variables},
         stdin=subprocess.PIPE,
         stdout=stdout,
         stderr=stderr,
@@ -212,10 +212,11 @@ class LocalWorkers:
 
 
 def prefixed(rank: int, target: TextIO) -> Callable[[str], None]:
-    """Return a writer of lines that carry the rank."""
+    """Return a writer of lines that carry the rank. A line and its end go out as one write: rank 0 writes there too."""
 
     def put(line: str) -> None:
-        print(f"[rank {rank}] {line}", file=target, flush=True)
+        target.write(f"[rank {rank}] {line}\n")
+        target.flush()
 
     return put
 
