@@ -30,10 +30,11 @@ class RankFailed(Exception):
 
 @dataclass
 class Measured:
-    """What the ranks of one measurement reported, and the peak of their summed PSS in each phase, in bytes."""
+    """What the ranks of one measurement reported, and the peaks of PSS in each phase: of the sum, and rank by rank."""
 
     results: list[dict[str, Any]]
     peak_bytes: dict[str, int]
+    rank_peak_bytes: dict[str, list[int]]
     seconds: float
 
 
@@ -58,6 +59,7 @@ def run_ranks(
     began = time.perf_counter()
     ranks = [_start(script, arguments, rank, num_ranks, folder, env) for rank in range(num_ranks)]
     peaks: defaultdict[str, int] = defaultdict(int)
+    rank_peaks: defaultdict[str, list[int]] = defaultdict(lambda: [0] * num_ranks)
     try:
         with selectors.DefaultSelector() as selector:
             for rank in ranks:
@@ -69,7 +71,9 @@ def run_ranks(
                 phases = {rank.phase for rank in ranks}
                 if "timed" not in phases and all(rank.open for rank in ranks):
                     # Ranks change phase together to within a barrier; the earlier phase gets the credit.
-                    peaks[ranks[0].phase] = max(peaks[ranks[0].phase], sum(pss_bytes(r.process.pid) for r in ranks))
+                    phase, held = ranks[0].phase, [pss_bytes(r.process.pid) for r in ranks]
+                    peaks[phase] = max(peaks[phase], sum(held))
+                    rank_peaks[phase] = list(map(max, rank_peaks[phase], held))
                 if time.perf_counter() - began > timeout_s:
                     raise RankFailed(f"not done after {timeout_s:.0f} s, in phases {sorted(phases)}: {_tail(ranks)}")
         for rank in ranks:
@@ -83,7 +87,8 @@ def run_ranks(
                 rank.process.kill()
                 rank.process.wait()
             os.close(rank.events)
-    return Measured([r.result for r in ranks if r.result is not None], dict(peaks), time.perf_counter() - began)
+    results = [r.result for r in ranks if r.result is not None]
+    return Measured(results, dict(peaks), dict(rank_peaks), time.perf_counter() - began)
 
 
 def _start(

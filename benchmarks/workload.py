@@ -14,6 +14,7 @@ from windlass.launch.config import CONFIGS, load_dataclass
 from windlass.launch.start import initial_values
 from windlass.model.build import build_model, materialise
 from windlass.model.config import ModelConfig
+from windlass.model.loss import PLAIN, Loss, LossConfig
 from windlass.model.protocol import BlockModel
 
 Fill = Callable[[str, int, int, torch.Tensor], None]
@@ -27,8 +28,11 @@ def model_config(name: str) -> ModelConfig:
     return config
 
 
-def plain_loss(h_BTD: torch.Tensor, weight_VD: torch.Tensor, labels_BT: torch.Tensor) -> torch.Tensor:
+def plain_loss(
+    h_BTD: torch.Tensor, weight_VD: torch.Tensor, labels_BT: torch.Tensor, weights_BT: torch.Tensor | None = None
+) -> torch.Tensor:
     """Return the summed cross entropy as any PyTorch user writes it."""
+    assert weights_BT is None, "the workload weights no tokens"
     logits = F.linear(h_BTD, weight_VD).flatten(0, 1).float()
     return F.cross_entropy(logits, labels_BT.flatten(), reduction="sum")
 
@@ -66,10 +70,10 @@ class Workload:
         parser.add_argument("--clip", type=float, default=1.0, help="global gradient norm limit, 0: off (%(default)s)")
         parser.add_argument("--seed", type=int, default=0)
 
-    @staticmethod
-    def from_arguments(given: argparse.Namespace, rank: int, world_size: int) -> Workload:
+    @classmethod
+    def from_arguments(cls, given: argparse.Namespace, rank: int, world_size: int) -> Workload:
         """Build the job of one rank from parsed options."""
-        return Workload(
+        return cls(
             model=given.model,
             bf16=given.dtype == "bf16",
             micro_batch=given.micro_batch,
@@ -85,9 +89,9 @@ class Workload:
         """Format of activations."""
         return torch.bfloat16 if self.bf16 else torch.float32
 
-    def empty_model(self) -> tuple[BlockModel, Fill]:
+    def empty_model(self, loss: Loss | LossConfig = PLAIN) -> tuple[BlockModel, Fill]:
         """Return the model on the meta device and what fills it (Windlass's way)."""
-        model = build_model(self.config)
+        model = build_model(self.config, loss=loss)
         self.num_parameters = sum(p.numel() for p in {id(p): p for p in _parameters(model)}.values())
         return model, initial_values(model, self.seed)
 
@@ -97,14 +101,14 @@ class Workload:
         Under autocast the loss is torch's own, because autocast does not reach into the one of the decoder, an
         autograd function, whose matrix products would then run in fp32.
         """
-        model = build_model(self.config, loss=plain_loss if autocast else None)
-        self.num_parameters = sum(p.numel() for p in {id(p): p for p in _parameters(model)}.values())
-        materialise(model, initial_values(model, self.seed), torch.float32, self.device)
+        model, fill = self.empty_model(plain_loss if autocast else PLAIN)
+        materialise(model, fill, torch.float32, self.device)
         return model
 
-    def batch(self, step: int) -> Batch:
-        """Return this rank's micro-batch of a step. Two batches take turns, so that the loss must fall."""
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + (step % 2) * 1009 + self.rank)
+    def batch(self, step: int, number: int | None = None) -> Batch:
+        """Return a micro-batch of a step, this rank's by default. Two steps take turns, so that the loss must fall."""
+        which = self.rank if number is None else number
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + (step % 2) * 1009 + which)
         shape = (self.micro_batch, self.seq_len + 1)
         tokens = torch.randint(self.config.vocab_size, shape, generator=generator)
         positions = torch.arange(self.seq_len).expand(self.micro_batch, -1).contiguous()

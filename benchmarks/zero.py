@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import fcntl
-import json
 import os
 import shutil
 import statistics
@@ -24,16 +23,16 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 from machine import describe_machine, has_bf16
 from ranks import RankFailed, run_ranks
 from rich import box
 from rich.console import Console
 from rich.table import Table
+from rounds import disagreements, fixed, median, mib, pick, ratio, write
 
 SIDES = (
     "alone",
@@ -164,13 +163,6 @@ def parse() -> argparse.Namespace:
     return given
 
 
-def pick(text: str, known: Sequence[str], option: str) -> list[str]:
-    names = [name.strip() for name in text.split(",") if name.strip()]
-    if unknown := [name for name in names if name not in known]:
-        sys.exit(f"{option}: '{unknown[0]}' is unknown. Use some of: {', '.join(known)}")
-    return names
-
-
 def measure(side: str, dtype: str, number: int, given: argparse.Namespace, env: dict[str, str]) -> Sample:
     """Run one side once."""
     arguments = [
@@ -247,7 +239,7 @@ def report(given: argparse.Namespace, samples: list[Sample], failures: dict[str,
             highlight=False,
         )
         console.print(table_of(rows, given))
-        problems += disagreements(rows, dtype)
+        problems += disagreements(rows, dtype, LOSS_TOLERANCE[dtype], alone=("alone",))
     for problem in problems:
         console.print(f"PROBLEM: {problem}", highlight=False)
     if given.out:
@@ -266,7 +258,7 @@ def table_of(rows: list[Sample], given: argparse.Namespace) -> Table:
     tokens = given.world_size * given.micro_batch * given.seq_len
     for side in dict.fromkeys(s.side for s in rows):
         mine = [s for s in rows if s.side == side]
-        step_s, peak = (statistics.median(getattr(s, name) for s in mine) for name in ("step_s", "peak_bytes"))
+        step_s, peak = (median(rows, side, name) for name in ("step_s", "peak_bytes"))
         alone = ratio(rows, side, ("alone",), "step_s")
         cells = [side, f"{1000 * step_s:.0f}", f"{tokens / step_s:.0f}", f"{mib(peak):.0f}", fixed(alone)]
         goal = GOALS.get(side)
@@ -290,53 +282,6 @@ def table_of(rows: list[Sample], given: argparse.Namespace) -> Table:
             ]
         table.add_row(*cells)
     return table
-
-
-def ratio(rows: list[Sample], side: str, peers: Sequence[str], quantity: str) -> float | None:
-    """Return the median over rounds of ours / the best peer's of the same round; None without peers."""
-    ratios = []
-    for number in {s.round for s in rows}:
-        of_round = {s.side: getattr(s, quantity) for s in rows if s.round == number}
-        theirs = [of_round[peer] for peer in peers if peer in of_round]
-        if side in of_round and theirs:
-            ratios.append(of_round[side] / min(theirs))
-    return statistics.median(ratios) if ratios else None
-
-
-def disagreements(rows: list[Sample], dtype: str) -> list[str]:
-    """Return which sides did not train the same model: first losses of all, last losses of those that communicate."""
-    out = []
-    for which, index, skipped in (("first", 0, ()), ("last", -1, ("alone",))):
-        values = {s.side: s.losses[index] for s in rows if s.side not in skipped}
-        middle = statistics.median(values.values()) if values else 0.0
-        out += [
-            f"{dtype} {side}: {which} loss {value:.6f} is not the others' {middle:.6f}"
-            for side, value in values.items()
-            if not abs(value - middle) <= LOSS_TOLERANCE[dtype] * middle
-        ]
-    return out
-
-
-def fixed(value: float | None) -> str:
-    return "-" if value is None else f"{value:.2f}"
-
-
-def mib(num_bytes: float) -> float:
-    return num_bytes / 2**20
-
-
-def write(path: Path, given: argparse.Namespace, samples: list[Sample], failures: dict[str, str]) -> None:
-    """Replace the JSON file by what is known so far."""
-    document: dict[str, Any] = {
-        "machine": describe_machine(),
-        "options": {key: str(value) for key, value in vars(given).items()},
-        "failures": failures,
-        "samples": [asdict(sample) for sample in samples],
-    }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_suffix(".tmp")
-    draft.write_text(json.dumps(document, indent=1))
-    draft.replace(path)
 
 
 if __name__ == "__main__":

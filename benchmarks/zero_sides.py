@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -27,6 +27,9 @@ from workload import Workload
 
 from windlass.data.batch import Batch
 from windlass.dist import env
+
+if TYPE_CHECKING:
+    from windlass.parallel.pipeline.plan import PipelinePlan
 
 # A step runs one optimizer step and returns the loss: this rank's mean for the peers, the global mean for Windlass.
 Step = Callable[[int], "torch.Tensor | float"]
@@ -156,8 +159,15 @@ def build_deepspeed(workload: Workload, *, stage: int) -> Side:
     return Side(step)
 
 
-def windlass_engine(workload: Workload, *, stage: int, device: str = "cpu", recompute: bool = False) -> tuple[Any, Any]:
-    """Return Windlass's engine at a ZeRO stage, and the communicator that it uses."""
+def windlass_engine(
+    workload: Workload,
+    *,
+    stage: int,
+    device: str = "cpu",
+    recompute: bool = False,
+    pipeline: PipelinePlan | None = None,
+) -> tuple[Any, Any]:
+    """Return Windlass's engine at a ZeRO stage, under a pipeline over all ranks or none, and its communicator."""
     from windlass.dist.comm import Comm
     from windlass.dist.device import pick_device
     from windlass.dist.mesh import ParallelismConfig, plan_mesh
@@ -175,7 +185,7 @@ def windlass_engine(workload: Workload, *, stage: int, device: str = "cpu", reco
     engine = Engine(
         model,
         comm=comm,
-        mesh=plan_mesh(ParallelismConfig(), who.world_size),
+        mesh=plan_mesh(ParallelismConfig(pp=1 if pipeline is None else who.world_size), who.world_size),
         device=here,
         zero=ZeroConfig(stage=stage),
         precision=PrecisionConfig(param="bf16" if workload.bf16 else "fp32"),
@@ -186,6 +196,7 @@ def windlass_engine(workload: Workload, *, stage: int, device: str = "cpu", reco
         fill=fill,
         tracer=tracer,
         account=lambda state, num_bytes: None,
+        pipeline=pipeline,
     )
     return engine, comm
 
@@ -215,26 +226,16 @@ SIDES: dict[str, Callable[[Workload], Side]] = {
 }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--side", choices=SIDES, required=True)
+def add_phases(parser: argparse.ArgumentParser) -> None:
+    """Add the options that say for how long a rank runs."""
     parser.add_argument("--events", type=int, required=True, help="file number of the pipe for reports")
     parser.add_argument("--warmup", type=int, required=True)
     parser.add_argument("--steps", type=int, required=True, help="timed steps")
     parser.add_argument("--memory-steps", type=int, required=True, help="further steps while memory is sampled")
-    Workload.add_arguments(parser)
-    given = parser.parse_args()
-    reporter = Reporter(given.events)
-    who = env.read_process_env()
-    torch.set_num_threads(1)
-    workload = Workload.from_arguments(given, who.rank, who.world_size)
-    if not given.side.startswith("windlass"):
-        assert who.rendezvous is not None
-        store = dist.FileStore(who.rendezvous.removeprefix("file://"), who.world_size)
-        dist.init_process_group("gloo", store=store, rank=who.rank, world_size=who.world_size)
-    reporter.phase("build")
-    side = SIDES[given.side](workload)
 
+
+def run_phases(side: Side, reporter: Reporter, given: argparse.Namespace) -> tuple[list[float], torch.Tensor]:
+    """Warm up, time steps, step while memory is sampled; return the seconds of timed steps and the losses of all."""
     losses: list[torch.Tensor | float] = []
     reporter.phase("warmup")
     losses += [side.step(i) for i in range(given.warmup)]
@@ -250,15 +251,38 @@ def main() -> None:
     losses += [side.step(given.warmup + given.steps + i) for i in range(given.memory_steps)]
     side.meet()
     reporter.phase("end")
+    return seconds, torch.tensor([float(loss) for loss in losses], dtype=torch.float64)
 
-    values = torch.tensor([float(loss) for loss in losses], dtype=torch.float64)
+
+def meet_peers(who: env.ProcessEnv) -> None:
+    """Start torch.distributed over gloo."""
+    assert who.rendezvous is not None
+    store = dist.FileStore(who.rendezvous.removeprefix("file://"), who.world_size)
+    dist.init_process_group("gloo", store=store, rank=who.rank, world_size=who.world_size)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--side", choices=SIDES, required=True)
+    add_phases(parser)
+    Workload.add_arguments(parser)
+    given = parser.parse_args()
+    reporter = Reporter(given.events)
+    who = env.read_process_env()
+    torch.set_num_threads(1)
+    workload = Workload.from_arguments(given, who.rank, who.world_size)
+    if not given.side.startswith("windlass"):
+        meet_peers(who)
+    reporter.phase("build")
+    side = SIDES[given.side](workload)
+    seconds, losses = run_phases(side, reporter, given)
     if not side.loss_is_global:
-        dist.all_reduce(values)
-        values /= who.world_size
+        dist.all_reduce(losses)
+        losses /= who.world_size
     reporter.result(
         step_s=statistics.median(seconds),
         steps_s=seconds,
-        losses=values.tolist(),
+        losses=losses.tolist(),
         max_rss_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         num_parameters=workload.num_parameters,
     )

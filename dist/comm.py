@@ -2,13 +2,15 @@
 
 Every entry checks contiguity (gloo silently returns wrong sums for strided views), format, size and device, counts
 into the ledger, and records a span on the lane "comm". A start only announces; the bytes may move as late as `wait()`.
-All ranks of a group start the same operations in the same order; they may wait for them in any order.
+All ranks of a group start the same operations in the same order; they may wait for them in any order. Messages from
+one rank to others (`send`, `receive`) are outside that order.
 Must not know: units, ZeRO, meshes, why something is sent.
 """
 
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import TracebackType
@@ -89,31 +91,39 @@ class Comm:
             raise CommError(f"parallelism.transport = {transport!r}: must be one of {', '.join(TRANSPORTS)}")
         return Comm(env, device, World.form(env, device, transport, timeout_s), tracer or Tracer())
 
-    def group(self, ranks: Sequence[int], name: str) -> Group:
+    def group(self, ranks: Sequence[int], name: str, *, private: bool = False) -> Group:
         """Make a group of world ranks that contains this one; different ranks may name disjoint groups in one call.
+
+        A `private` group can send and receive on CUDA: it has communicators that no other group uses.
 
         Collective: every rank of the world, in the same order
         """
         mine = tuple(ranks)
-        if self.rank not in mine or len(set(mine)) != len(mine) or not set(mine) <= set(range(self.size)):
+        # Rising, because torch sorts the ranks of a process group.
+        if self.rank not in mine or sorted(set(mine)) != list(mine) or not set(mine) <= set(range(self.size)):
             raise CommError(
-                f"group '{name}': {list(mine)} must be distinct ranks below {self.size} that include this one, "
-                f"{self.rank}"
+                f"group '{name}': {list(mine)} must be distinct ranks below {self.size}, in rising order, that "
+                f"include this one, {self.rank}"
             )
-        asked = [tuple(a) for a in self.world.gather_objects(list(mine), label=f"group {name}")]
+        label = f"group {name}" + " (private)" * private
+        asked = [tuple(a) for a in self.world.gather_objects(list(mine), label=label)]
         for rank, theirs in enumerate(asked):
             if theirs != mine and set(theirs) & set(mine):
                 raise CommError(
                     f"group '{name}': rank {rank} asked for ranks {list(theirs)}, rank {self.rank} for {list(mine)}"
                 )
         self._num_groups += 1
-        self._world.new_process_groups(sorted(set(asked)))
-        return Group(self, name, *self._channels(name, mine, self._num_groups))
+        distinct = sorted(set(asked))
+        self._world.new_process_groups(distinct)
+        lanes = self._world.new_lanes(distinct) if private else None
+        return Group(self, name, *self._channels(name, mine, self._num_groups, lanes))
 
-    def _channels(self, name: str, ranks: tuple[int, ...], number: int) -> tuple[Channel, Channel]:
+    def _channels(
+        self, name: str, ranks: tuple[int, ...], number: int, lanes: tuple[Any, Any] | None = None
+    ) -> tuple[Channel, Channel]:
         if len(ranks) == 1:
             return SelfChannel(self.rank, torch.device("cpu")), SelfChannel(self.rank, self.device.torch_device)
-        return self._world.channels(name, ranks, number)
+        return self._world.channels(name, ranks, number, lanes)
 
     @property
     def waited_s(self) -> float:
@@ -139,6 +149,8 @@ class Group:
         self.ranks, self.rank, self.size = host.ranks, host.rank, len(host.ranks)
         self._host, self._device = host, device
         self._seq = 0
+        self._num_sent = 0
+        self._num_received: Counter[int] = Counter()
 
     @property
     def transport(self) -> str:
@@ -188,6 +200,45 @@ class Group:
         self._count(call, tag, tensor.numel(), tensor, tensor.numel() if src != self.rank else 0)
         return self.pending(call, self._started(call, lambda: channel.broadcast(call, tensor, src)))
 
+    def send(self, tensor: torch.Tensor, to: Sequence[int], *, tag: str = "", label: str = "") -> Pending[None]:
+        """Send a tensor to the ranks with the indices `to` inside the group, each of which must receive it.
+
+        What one rank sends to another arrives in order; different pairs of ranks and different groups are independent.
+        On a CPU the tensor is copied here and arrives whatever this rank does next; `wait()` may be left out.
+
+        Blocks: no (returns Pending)
+        Invariant: on CUDA the tensor must not be written until `wait()`
+        """
+        self._num_sent += 1
+        call = self._message(self._num_sent, "send", label, tensor, f"to {', '.join(map(str, to))}")
+        self._check_others(call, to)
+        channel = self._channel_of(tensor, call)
+        self._count(call, tag, tensor.numel() * len(to), tensor, 0)
+        return self.pending(call, self._started(call, lambda: channel.send(call, tensor, to)))
+
+    def receive(self, out: torch.Tensor, source: int, *, tag: str = "", label: str = "") -> Pending[None]:
+        """Receive into `out` what the rank with index `source` inside the group sends next to this one.
+
+        Label, number of elements and format must be those of the sender.
+
+        Blocks: no (returns Pending)
+        Invariant: `out` must not be touched until `wait()`
+        """
+        self._num_received[source] += 1
+        call = self._message(self._num_received[source], "receive", label, out, f"from {source}")
+        self._check_others(call, [source])
+        channel = self._channel_of(out, call)
+        self._count(call, tag, out.numel(), out, out.numel())
+        return self.pending(call, self._started(call, lambda: channel.receive(call, out, source)))
+
+    def connect(self, edges: Sequence[tuple[int, int]]) -> None:
+        """Prepare for messages along these edges (source, destination): on NCCL the first one would block both ranks.
+
+        Collective: every rank of the group, with the same edges
+        Blocks: host
+        """
+        self._device.connect(edges)
+
     def barrier(self, label: str = "") -> None:
         """Wait until every rank of the group is here.
 
@@ -224,12 +275,23 @@ class Group:
 
     def _started(self, call: Call, start: Callable[[], T]) -> T:
         self.comm.last_op = LastOp(self.name, call, "started")
-        self.comm.tracer.instant(f"start {call.kind} {call.label}", "comm", group=self.name, op=call.seq)
-        return start()
+        with self.comm.tracer.span(f"start {call.kind} {call.label}", "comm", group=self.name, op=call.seq):
+            return start()
 
     def _call(self, kind: str, label: str, numel: int = 0, dtype: torch.dtype | None = None, detail: str = "") -> Call:
         self._seq += 1
         return Call(self._seq, kind, label, numel, "" if dtype is None else str(dtype).removeprefix("torch."), detail)
+
+    def _message(self, number: int, kind: str, label: str, tensor: torch.Tensor, detail: str) -> Call:
+        return Call(number, kind, label, tensor.numel(), str(tensor.dtype).removeprefix("torch."), detail)
+
+    def _check_others(self, call: Call, indices: Sequence[int]) -> None:
+        wrong = [i for i in indices if not 0 <= i < self.size or (i == self.rank and self.size > 1)]
+        if wrong or not indices or len(set(indices)) != len(indices):
+            raise CommError(
+                f"{call}: {list(indices)} must be distinct indices below {self.size} of other ranks inside group "
+                f"'{self.name}', this rank is {self.rank}"
+            )
 
     def _count(self, call: Call, tag: str, elements: int, tensor: torch.Tensor, wire_elements: int) -> None:
         if self.size > 1:

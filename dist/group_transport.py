@@ -1,21 +1,26 @@
-"""Channels over torch process groups: gloo between CPU ranks, NCCL between CUDA ranks.
+"""Channels between CPU ranks over gloo.
 
-On gloo every operation is direct sends and receives into slices, with sums added in rank order on the receiver: the
+Every operation is direct sends and receives into slices, with sums added in rank order on the receiver: the
 measured fastest form, without the full-size temporaries of gloo's own collectives, and bitwise equal on all ranks.
 A small header travels beside the data of each operation and is compared before the result is used; data messages carry
 a tag made of the header, so that two different operations never land in one another's memory.
 Operations of a process complete in the order they were started: waiting for one completes the earlier ones, so that
 those with two rounds cannot wait for each other across ranks.
+Point-to-point messages are copied when they are sent, carry a header of their own, and stay outside that order. A rank
+that is blocked in one does not drive the second rounds of its collectives: wait for large all-reduces somewhere else.
 Must not know: units, ZeRO, meshes.
 """
 
 from __future__ import annotations
 
+import threading
 import time
 import zlib
-from collections import deque
-from collections.abc import Callable
+from collections import Counter, deque
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from datetime import timedelta
+from queue import SimpleQueue
 from typing import Any
 
 import torch
@@ -29,13 +34,16 @@ from windlass.dist.transport import (
     Stall,
     box_of,
     combine,
+    misdelivered,
     mismatch,
+    nothing,
     sum_in_rank_order,
     void,
 )
 
 HEADER_BYTES = 256
-HEADER_TAG = 0
+GOODBYE_S = 5.0  # how long closing waits for messages that their receivers have not taken yet
+FOREVER = timedelta(days=365)  # gloo breaks the connection of a send that is waited for and times out
 SMALL_BYTES = 64 << 10  # up to here every rank sends the whole tensor to every other: one round instead of two
 
 
@@ -45,20 +53,34 @@ class Queue:
     def __init__(self, stall: Stall) -> None:
         self.stall = stall
         self.waiting: deque[_Operation] = deque()
+        self.outbox = Outbox()
         self.broken: CommError | None = None
 
     def complete(self, operation: _Operation) -> None:
         """Run operations in start order up to and including this one."""
         while not operation.done:
-            if self.broken is not None:
-                raise CommError(f"communication has failed before: {self.broken}")
+            self.check_usable()
             oldest = self.waiting.popleft()
-            try:
-                oldest.run()
-            except CommError as error:
-                self.broken = error
-                raise
+            self.run(oldest.run)
             oldest.done = True
+
+    def run(self, finish: Finish) -> None:
+        """Run something now. If it fails, communication has failed for good."""
+        self.check_usable()
+        try:
+            finish()
+        except CommError as error:
+            self.broken = error
+            raise
+
+    def check_usable(self) -> None:
+        """Raise CommError if communication has failed before."""
+        if self.broken is not None:
+            raise CommError(f"communication has failed before: {self.broken}")
+
+    def close(self) -> None:
+        """Let what has been sent arrive, unless communication has failed."""
+        self.outbox.close(0.0 if self.broken is not None else GOODBYE_S)
 
 
 class _Operation:
@@ -67,16 +89,54 @@ class _Operation:
         self.done = False
 
 
+class Outbox:
+    """Messages that are being sent and nobody waits for.
+
+    Gloo ends a send only for a thread that waits for it, and drops one whose handle is dropped: one thread waits.
+    """
+
+    def __init__(self) -> None:
+        self._works: SimpleQueue[Any] = SimpleQueue()
+        self._thread: threading.Thread | None = None
+
+    def keep(self, work: Any) -> None:
+        """Hold on to a send until it is done."""
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._run, name="windlass outbox", daemon=True)
+            self._thread.start()
+        self._works.put(work)
+
+    def _run(self) -> None:
+        while (work := self._works.get()) is not None:
+            # A receiver that has gone is an error of the next operation that needs it, which names it.
+            with suppress(RuntimeError):
+                work.wait(FOREVER)
+            del work  # and its tensor, before the next one comes
+
+    def close(self, timeout_s: float) -> None:
+        """Wait for what is under way, at most this long."""
+        if self._thread is not None:
+            self._works.put(None)
+            self._thread.join(timeout_s)
+            self._thread = None
+
+
 class GlooChannel:
     """CPU tensors between the ranks of one gloo process group."""
 
     kind = "gloo"
 
-    def __init__(self, name: str, ranks: tuple[int, ...], rank: int, pg: Any, timeout_s: float, queue: Queue) -> None:
+    def __init__(
+        self, name: str, ranks: tuple[int, ...], rank: int, number: int, pg: Any, timeout_s: float, queue: Queue
+    ) -> None:
         self.name, self.ranks, self.rank, self.pg = name, ranks, rank, pg
         self.timeout_s, self.queue = timeout_s, queue
         self.peers = [i for i in range(len(ranks)) if i != rank]
         self.spare: list[torch.Tensor] = []
+        # Groups of the same ranks share a process group: every tag depends on the group's number.
+        self.number, self.header_tag, self.letter_tag = number, 2 * number, 2 * number + 1
+        self.num_sent: Counter[int] = Counter()
+        self.num_posted: Counter[int] = Counter()
 
     def allocate(self, call: Call, numel: int, dtype: torch.dtype, *, full: bool) -> Buffer:
         self._enqueue(self._header(call))()
@@ -92,7 +152,7 @@ class GlooChannel:
         return self._gather(call, buffer, buffer.tensor, boxes, lambda: void(boxes[self.rank].copy_(buffer.tensor)))
 
     def _gather(self, call: Call, buffer: Buffer, mine: torch.Tensor, boxes: list[torch.Tensor], own: Finish) -> Finish:
-        check, tag = self._header(call), _tag(call)
+        check, tag = self._header(call), self._tag(call.signature)
         receives = [(i, self._receive(boxes[i], i, tag)) for i in self.peers]
         buffer.sends += [(i, self._send(mine, i, tag)) for i in self.peers]
 
@@ -105,7 +165,7 @@ class GlooChannel:
 
     def reduce_scatter(self, call: Call, buffer: Buffer, out: torch.Tensor, accumulate: bool) -> Finish:
         """Receive the peers' copies of this rank's box, then sum them in rank order."""
-        check, tag = self._header(call), _tag(call)
+        check, tag = self._header(call), self._tag(call.signature)
         parts, scratch = self._landing(buffer.mine)
         boxes = self._boxes(buffer.tensor)
         receives = [(i, self._receive(parts[i], i, tag)) for i in self.peers]
@@ -123,7 +183,7 @@ class GlooChannel:
         """Send whole small tensors to all; reduce and then gather boxes of large ones."""
         flat = tensor.view(-1)
         small = flat.numel() * flat.element_size() <= SMALL_BYTES
-        check, tag = self._header(call), _tag(call)
+        check, tag = self._header(call), self._tag(call.signature)
         boxes = [flat] * len(self.ranks) if small else self._boxes(flat)
         parts, scratch = self._landing(boxes[self.rank])
         receives = [(i, self._receive(parts[i], i, tag)) for i in self.peers]
@@ -136,7 +196,7 @@ class GlooChannel:
             combine(parts, boxes[self.rank], op)
             self.spare.append(scratch)
             if not small:
-                second = _tag(call, "second round")
+                second = self._tag(call.signature, "second round")
                 receives_2 = [(i, self._receive(boxes[i], i, second)) for i in self.peers]
                 sends_2 = [(i, self._send(boxes[self.rank], i, second)) for i in self.peers]
                 self._wait(call, receives_2)
@@ -145,7 +205,7 @@ class GlooChannel:
         return self._enqueue(finish)
 
     def broadcast(self, call: Call, tensor: torch.Tensor, src: int) -> Finish:
-        flat, tag = tensor.view(-1), _tag(call)
+        flat, tag = tensor.view(-1), self._tag(call.signature)
         check = self._header(call)
         if src == self.rank:
             works = [(i, self._send(flat, i, tag)) for i in self.peers]
@@ -160,7 +220,7 @@ class GlooChannel:
 
     def exchange(self, call: Call, payload: bytes) -> Callable[[], list[bytes]]:
         """Give every rank the bytes of every rank: lengths first, then contents."""
-        check, tag = self._header(call), _tag(call)
+        check, tag = self._header(call), self._tag(call.signature)
         lengths = [torch.tensor([len(payload)]) for _ in self.ranks]
         receives = [(i, self._receive(lengths[i], i, tag)) for i in self.peers]
         sends = [(i, self._send(lengths[self.rank], i, tag)) for i in self.peers]
@@ -169,7 +229,7 @@ class GlooChannel:
         def finish() -> None:
             check()
             self._wait(call, receives)
-            second = _tag(call, "second round")
+            second = self._tag(call.signature, "second round")
             texts = [torch.empty(int(n), dtype=torch.uint8) for n in lengths]
             if payload:
                 texts[self.rank] = torch.frombuffer(bytearray(payload), dtype=torch.uint8)
@@ -190,6 +250,47 @@ class GlooChannel:
     def wait_free(self, buffer: Buffer) -> None:
         self._wait(Call(-1, "wait_free", ""), buffer.sends)
         buffer.sends.clear()
+
+    def send(self, call: Call, tensor: torch.Tensor, to: Sequence[int]) -> Finish:
+        """Send a header and a copy of the tensor to every receiver."""
+        self.queue.check_usable()
+        data = tensor.detach().view(-1).clone()
+        for i in to:
+            head, tag = self._letter(call, self.num_sent, i)
+            try:
+                works = [self._send(head, i, self.letter_tag), self._send(data, i, tag)]
+            except RuntimeError as error:
+                raise self._lost(call, i, error, 0.0) from error
+            for work in filter(None, works):
+                self.queue.outbox.keep(work)
+        return nothing
+
+    def receive(self, call: Call, out: torch.Tensor, source: int) -> Finish:
+        """Receive the header of whatever comes next, and the tensor if it is the one that is wanted."""
+        self.queue.check_usable()
+        wanted, tag = self._letter(call, self.num_posted, source)
+        head = torch.empty_like(wanted)
+        try:
+            works = [self._receive(head, source, self.letter_tag), self._receive(out.detach().view(-1), source, tag)]
+        except RuntimeError as error:
+            raise self._lost(call, source, error, 0.0) from error
+
+        def finish() -> None:
+            self._wait(call, [(source, works[0])])
+            if not torch.equal(head, wanted):
+                sent = _text_of(head)
+                raise misdelivered(self.name, sent, self.ranks[source], call.content, self.ranks[self.rank])
+            self._wait(call, [(source, works[1])])
+
+        return lambda: self.queue.run(finish)
+
+    def _letter(self, call: Call, count: Counter[int], peer: int) -> tuple[torch.Tensor, int]:
+        """Return the header of the next message on an edge, and the tag of its data."""
+        count[peer] += 1
+        return _header(call, call.content), self._tag(f"{count[peer]}|{call.content}")
+
+    def connect(self, edges: Sequence[tuple[int, int]]) -> None:
+        """Gloo connects all ranks of a process group when it is formed."""
 
     def _boxes(self, flat: torch.Tensor) -> list[torch.Tensor]:
         return [box_of(flat, i, len(self.ranks)) for i in range(len(self.ranks))]
@@ -214,6 +315,10 @@ class GlooChannel:
         self.queue.waiting.append(operation)
         return lambda: self.queue.complete(operation)
 
+    def _tag(self, signature: str, round_name: str = "") -> int:
+        """A positive tag made of everything that must agree. Source: torch's gloo backend takes tags below 2^31."""
+        return 1 + zlib.crc32(f"{self.number}|{signature}{round_name}".encode()) % (2**31 - 2)
+
     def _send(self, tensor: torch.Tensor, to: int, tag: int) -> Any:
         return dist.isend(tensor, group=self.pg, tag=tag, group_dst=to) if tensor.numel() else None
 
@@ -222,11 +327,11 @@ class GlooChannel:
 
     def _header(self, call: Call) -> Finish:
         """Announce an operation to all peers; the returned check waits for theirs and compares."""
-        mine = torch.frombuffer(bytearray(_header_bytes(call)), dtype=torch.uint8)
+        mine = _header(call, call.signature)
         heads = torch.empty(len(self.ranks), HEADER_BYTES, dtype=torch.uint8)
         try:
-            receives = [(i, self._receive(heads[i], i, HEADER_TAG)) for i in self.peers]
-            sends = [(i, self._send(mine, i, HEADER_TAG)) for i in self.peers]
+            receives = [(i, self._receive(heads[i], i, self.header_tag)) for i in self.peers]
+            sends = [(i, self._send(mine, i, self.header_tag)) for i in self.peers]
         except RuntimeError as error:
             raise self._lost(call, self.peers[0], error, 0.0) from error
 
@@ -234,7 +339,7 @@ class GlooChannel:
             for i, work in receives:
                 self._wait(call, [(i, work)])
                 if not torch.equal(heads[i], mine):
-                    theirs = Call.parse(heads[i].numpy().tobytes().rstrip(b"\0").decode(errors="replace"))
+                    theirs = Call.parse(_text_of(heads[i]))
                     raise mismatch(self.name, call, self.ranks[self.rank], theirs, self.ranks[i])
             self._wait(call, sends)
 
@@ -261,66 +366,14 @@ class GlooChannel:
         return CommError(f"group '{self.name}': rank {me} lost rank {them} in {call}: {str(error).splitlines()[0]}")
 
 
-class NcclChannel:
-    """CUDA tensors between the ranks of one NCCL process group. Sums are in NCCL's order."""
-
-    kind = "nccl"
-
-    def __init__(self, name: str, ranks: tuple[int, ...], rank: int, pg: Any, device: torch.device) -> None:
-        self.name, self.ranks, self.rank, self.pg, self.device = name, ranks, rank, pg, device
-
-    def allocate(self, call: Call, numel: int, dtype: torch.dtype, *, full: bool) -> Buffer:
-        tensor = torch.zeros(numel, dtype=dtype, device=self.device)
-        return Buffer(tensor, box_of(tensor, self.rank, len(self.ranks)) if full else tensor, full)
-
-    def all_gather(self, call: Call, buffer: Buffer) -> Finish:
-        return _waiting(dist.all_gather_into_tensor(buffer.tensor, buffer.mine, group=self.pg, async_op=True))
-
-    def gather_into(self, call: Call, buffer: Buffer, out: torch.Tensor) -> Finish:
-        return _waiting(dist.all_gather_into_tensor(out, buffer.tensor, group=self.pg, async_op=True))
-
-    def reduce_scatter(self, call: Call, buffer: Buffer, out: torch.Tensor, accumulate: bool) -> Finish:
-        direct = not accumulate and out.dtype == buffer.tensor.dtype
-        landing = out if direct else torch.empty_like(buffer.mine)
-        work = dist.reduce_scatter_tensor(landing, buffer.tensor, group=self.pg, async_op=True)
-
-        def finish() -> None:
-            work.wait()
-            if accumulate:
-                out.add_(landing)
-            elif not direct:
-                out.copy_(landing)
-
-        return finish
-
-    def all_reduce(self, call: Call, tensor: torch.Tensor, op: str) -> Finish:
-        kinds = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.ReduceOp.MIN}
-        return _waiting(dist.all_reduce(tensor, op=kinds[op], group=self.pg, async_op=True))
-
-    def broadcast(self, call: Call, tensor: torch.Tensor, src: int) -> Finish:
-        return _waiting(dist.broadcast(tensor, group=self.pg, async_op=True, group_src=src))
-
-    def exchange(self, call: Call, payload: bytes) -> Callable[[], list[bytes]]:
-        raise CommError(f"group '{self.name}': {call}: bytes travel on the host's channel, not on NCCL")
-
-    def wait_free(self, buffer: Buffer) -> None:
-        """Later work of the current stream is ordered behind the collectives by their `wait`."""
-
-
-def _waiting(work: Any) -> Finish:
-    return lambda: void(work.wait())
-
-
-def _header_bytes(call: Call) -> bytes:
-    text = call.signature.encode()
-    if len(text) > HEADER_BYTES:
+def _header(call: Call, text: str) -> torch.Tensor:
+    if len(text.encode()) > HEADER_BYTES:
         raise CommError(f"label of {call.kind} is too long ({len(call.label)} characters): use at most 150")
-    return text.ljust(HEADER_BYTES, b"\0")
+    return torch.frombuffer(bytearray(text.encode().ljust(HEADER_BYTES, b"\0")), dtype=torch.uint8)
 
 
-def _tag(call: Call, round_name: str = "") -> int:
-    """A positive tag made of everything that must agree. Source: torch's gloo backend takes tags below 2^31."""
-    return 1 + zlib.crc32((call.signature + round_name).encode()) % (2**31 - 2)
+def _text_of(header: torch.Tensor) -> str:
+    return header.numpy().tobytes().rstrip(b"\0").decode(errors="replace")
 
 
 def _skip() -> None:

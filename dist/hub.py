@@ -15,6 +15,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Generator
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from windlass.dist.errors import CommError
 from windlass.dist.links import READY, STEP, Links, Message
@@ -30,6 +31,25 @@ class Members:
     name: str
     number: int
     peers: list[int]
+
+
+class Waiter(Protocol):
+    """What a rank can be blocked in: an operation of a group, or a message from a peer."""
+
+    call: Call
+    members: Members
+
+    def advance(self) -> bool:
+        """Go on as far as the peers allow; return whether it moved."""
+
+    def check(self) -> None:
+        """Raise CommError if a peer does something else."""
+
+    def awaited(self) -> list[int]:
+        """Return the peers (world ranks) it waits for now."""
+
+    def last_known(self, peer: int) -> str:
+        """Say what a peer did last, as far as this rank knows."""
 
 
 @dataclass
@@ -74,6 +94,22 @@ class Operation:
             self.hub.links.send(peer, message)
         return self.level
 
+    def advance(self) -> bool:
+        """Run it as far as the peers allow; return whether it moved."""
+        moved = False
+        while self.body is not None:
+            self.check()
+            if self.lacking(self.need) or (self.after is not None and not self.after.finished):
+                return moved
+            moved = True
+            try:
+                self.need = next(self.body)
+            except StopIteration:
+                self.body = None
+                self.after = None  # or finished operations would form one long chain
+                self.hub.done(self)
+        return moved
+
     def check(self) -> None:
         """Raise CommError if a peer is in another operation."""
         if self.checked:
@@ -85,6 +121,19 @@ class Operation:
                 raise mismatch(self.members.name, self.call, self.hub.links.rank, other, peer)
         self.checked = len(self.round.signatures) == len(self.members.peers)
 
+    def awaited(self) -> list[int]:
+        if self.after is not None and not self.after.finished:
+            return self.after.awaited()
+        return self.lacking(self.final if self.finished else self.need)
+
+    def last_known(self, peer: int) -> str:
+        """Name the latest operation of the group that a peer has started."""
+        number = self.members.number
+        seen = [
+            (seq, r.signatures[peer]) for (n, seq), r in self.hub.rounds.items() if n == number and peer in r.signatures
+        ]
+        return str(Call.parse(max(seen)[1].decode())) if seen else "nothing under way in this group"
+
 
 class Hub:
     """All operations of this process with the peers of its host, whatever their group."""
@@ -94,7 +143,8 @@ class Hub:
         self.rounds: dict[tuple[int, int], Round] = {}
         self.pending: list[Operation] = []
         self.broken: CommError | None = None
-        links.deliver = self._deliver
+        self.routes: dict[int, Callable[[int, Message], None]] = {READY: self._deliver, STEP: self._deliver}
+        links.deliver = lambda peer, message: self.routes[message.kind](peer, message)
 
     def _deliver(self, peer: int, message: Message) -> None:
         key = (message.group, message.seq)
@@ -116,7 +166,7 @@ class Hub:
 
         Blocks: no
         """
-        self._check_usable()
+        self.check_usable()
         members, call = operation.members, operation.call
         operation.body = body
         operation.round.operation = operation
@@ -126,90 +176,74 @@ class Hub:
         self.pending.append(operation)
         return lambda: self.block(operation, lambda: operation.finished)
 
-    def block(self, operation: Operation, done: Callable[[], bool]) -> None:
+    def done(self, operation: Operation) -> None:
+        """Drop an operation that has run to its end here."""
+        self.pending.remove(operation)
+        self._forget((operation.members.number, operation.call.seq), operation.round)
+
+    def block(self, waiter: Waiter, done: Callable[[], bool]) -> None:
         """Run operations until `done`, this one first.
 
         Blocks: host
         Raises: CommError naming who is in another operation, is gone, or did not come in time.
         """
         try:
-            self._block(operation, done)
+            self._block(waiter, done)
         except CommError as error:
-            if self.broken is None:
-                self.broken = error
+            self.fail(error)
             raise
 
-    def _block(self, operation: Operation, done: Callable[[], bool]) -> None:
-        self._check_usable(unless=done)
+    def _block(self, waiter: Waiter, done: Callable[[], bool]) -> None:
         since, waiting = time.monotonic(), self.stall
         while True:
-            if self._advance(operation):
+            waiter.check()
+            if not done():
+                self.check_usable()
+            if waiter.advance():
                 since = time.monotonic()
             if done():
                 return
             if self.links.pump(0.0):
                 continue
-            if any(self._advance(other) for other in list(self.pending) if other is not operation):
+            if any(other.advance() for other in list(self.pending) if other is not waiter):
                 continue
-            operation.check()
-            self._check_present(operation)
+            self.check_present(waiter.call, waiter.members, waiter.awaited())
             now = time.monotonic()
             if now - since >= self.timeout_s:
-                raise self._timed_out(operation, now - since)
+                raise self._timed_out(waiter, now - since)
             with waiting:
                 self.links.pump(self.timeout_s - (now - since))
 
-    def _advance(self, operation: Operation) -> bool:
-        """Run an operation as far as the peers allow; return whether it moved."""
-        moved = False
-        while operation.body is not None:
-            operation.check()
-            if operation.lacking(operation.need) or (operation.after is not None and not operation.after.finished):
-                return moved
-            moved = True
-            try:
-                operation.need = next(operation.body)
-            except StopIteration:
-                operation.body = None
-                operation.after = None  # or finished operations would form one long chain
-                self.pending.remove(operation)
-                self._forget((operation.members.number, operation.call.seq), operation.round)
-        return moved
+    def fail(self, error: CommError) -> None:
+        """Make every later use of this hub fail, too."""
+        if self.broken is None:
+            self.broken = error
 
-    def _waiting_for(self, operation: Operation) -> list[int]:
-        if operation.after is not None and not operation.after.finished:
-            return self._waiting_for(operation.after)
-        return operation.lacking(operation.final if operation.finished else operation.need)
-
-    def _check_usable(self, unless: Callable[[], bool] | None = None) -> None:
-        if self.broken is not None and (unless is None or not unless()):
+    def check_usable(self) -> None:
+        """Raise CommError if communication has failed before."""
+        if self.broken is not None:
             raise CommError(f"communication has failed before: {self.broken}")
 
-    def _check_present(self, operation: Operation) -> None:
-        me, where = self.links.rank, f"{operation.call} of group '{operation.members.name}'"
+    def check_present(self, call: Call, members: Members, wanted: list[int]) -> None:
+        """Raise CommError if any peer has died, or one that is wanted has left."""
+        me, where = self.links.rank, f"{call} of group '{members.name}'"
         lost = self.links.lost()
         if lost:
             who = ", ".join(map(str, lost))
             raise CommError(f"rank {me} lost rank {who} in {where}: the process ended. Its own output says why")
-        gone = sorted(set(self.links.left()) & set(self._waiting_for(operation)))
+        gone = sorted(set(self.links.left()) & set(wanted))
         if gone:
             who = ", ".join(map(str, gone))
             raise CommError(f"rank {me} waits in {where} for rank {who}, which has closed its communication already")
 
-    def _timed_out(self, operation: Operation, waited_s: float) -> CommError:
-        who = self._waiting_for(operation)
-        known = "; ".join(f"rank {p}: {self._last_known(operation.members.number, p)}" for p in who)
+    def _timed_out(self, waiter: Waiter, waited_s: float) -> CommError:
+        who = waiter.awaited()
+        known = "; ".join(f"rank {p}: {waiter.last_known(p)}" for p in who)
         return CommError(
-            f"rank {self.links.rank} waited {waited_s:.1f} s in {operation.call} of group '{operation.members.name}' "
+            f"rank {self.links.rank} waited {waited_s:.1f} s in {waiter.call} of group '{waiter.members.name}' "
             f"for rank {', '.join(map(str, who))}, which did not come (last known: {known}). Look at what that rank "
             "does; a longer wait is parallelism.timeout_s"
         )
-
-    def _last_known(self, number: int, peer: int) -> str:
-        seen = [
-            (seq, r.signatures[peer]) for (n, seq), r in self.rounds.items() if n == number and peer in r.signatures
-        ]
-        return str(Call.parse(max(seen)[1].decode())) if seen else "nothing under way in this group"
 
     def close(self) -> None:
         self.links.close()

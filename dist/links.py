@@ -20,15 +20,20 @@ from typing import NamedTuple
 
 from windlass.dist.errors import CommError
 
-READY, STEP, BYE = 1, 2, 3
+READY, STEP, BYE, LETTER, FREE, REFUSED = 1, 2, 3, 4, 5, 6
 _FRAME = struct.Struct("<BBIIIII")  # type, carries a descriptor, group, op, level, signature bytes, payload bytes
 _HELLO = struct.Struct("<I")
 _READ_BYTES = 1 << 18
+_UNREAD_BYTES = 2 << 20  # the kernel holds this much for a peer that does not read, or what the system allows
 _CREDENTIALS = struct.Struct("3i")  # pid, uid, gid
 
 
 class Message(NamedTuple):
-    """One message of a group's operation `seq`: READY with what it is, or STEP with the level reached."""
+    """READY says what a group's operation `seq` is, STEP the `level` it has reached.
+
+    A LETTER carries a point-to-point message, or says in which slot of shared memory it is (`level`); FREE gives the
+    slot back; REFUSED tells a sender that it is not what the receiver wants.
+    """
 
     kind: int
     group: int
@@ -44,6 +49,7 @@ class Link:
 
     def __init__(self, peer: int, sock: socket.socket) -> None:
         self.peer, self.sock = peer, sock
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _UNREAD_BYTES)
         self.unsent: deque[tuple[memoryview, int | None]] = deque()
         self.received = bytearray()
         self.fds: deque[int] = deque()

@@ -1,7 +1,8 @@
 """Ranks arranged along named axes. Pure arithmetic, so that meshes of any size can be planned on any machine.
 
 Ranks vary fastest along the last axis, so that inner axes, which talk most, stay within a host. `("dp_replicate",
-"dp_shard")` together are the data-parallel axis "dp".
+"dp_shard")` together are the data-parallel axis "dp". "pp" is the outermost: a pipeline sends little, so it is the axis
+to lay across slow links or kinds of machines, while every data-parallel group stays within one.
 Must not know: process groups, devices, what is cut along an axis.
 """
 
@@ -20,8 +21,9 @@ VIEWS: dict[str, tuple[str, ...]] = {"dp": ("dp_replicate", "dp_shard"), "world"
 
 @dataclass(frozen=True)
 class ParallelismConfig:
-    """Sizes of the mesh axes. `dp_replicate x dp_shard` must equal the world size."""
+    """Sizes of the mesh axes. `pp x dp_replicate x dp_shard` must equal the world size."""
 
+    pp: int = field(default=1, metadata={"help": "pipeline ranks: each holds some of the blocks", "ge": 1})
     dp_replicate: int = field(default=1, metadata={"help": "replicas of each shard group (hybrid sharding)", "ge": 1})
     dp_shard: int = field(
         default=-1, metadata={"help": "ranks that share one sharded state; -1: all that remain", "ge": -1}
@@ -109,19 +111,29 @@ def plan_mesh(config: ParallelismConfig, world_size: int) -> Mesh:
 
     Raises: PlanError naming the values that would work when the axes do not multiply to the world size.
     """
-    replicate, shard = config.dp_replicate, config.dp_shard
-    divisors = [d for d in range(1, world_size + 1) if world_size % d == 0]
-    if world_size % replicate:
+    pp, replicate, shard = config.pp, config.dp_replicate, config.dp_shard
+    if world_size % pp:
         raise PlanError(
-            f"parallelism.dp_replicate = {replicate} does not divide the {world_size} ranks of this job. "
-            f"Use one of {divisors}"
+            f"parallelism.pp = {pp} does not divide the {world_size} ranks of this job. "
+            f"Use one of {_divisors(world_size)}"
+        )
+    ranks = world_size // pp
+    count = f"{ranks} ranks" if pp == 1 else f"{ranks} data-parallel ranks ({world_size} / parallelism.pp = {pp})"
+    if ranks % replicate:
+        raise PlanError(
+            f"parallelism.dp_replicate = {replicate} does not divide the {count} of this job. "
+            f"Use one of {_divisors(ranks)}"
         )
     if shard == -1:
-        shard = world_size // replicate
-    if shard < 1 or replicate * shard != world_size:
-        legal = " or ".join(f"{d} x {world_size // d}" for d in divisors)
+        shard = ranks // replicate
+    if shard < 1 or replicate * shard != ranks:
+        legal = " or ".join(f"{d} x {ranks // d}" for d in _divisors(ranks))
         raise PlanError(
             f"parallelism.dp_replicate x dp_shard = {replicate} x {shard} = {replicate * shard}, but the job has "
-            f"{world_size} ranks. Use {legal}, or dp_shard=-1 for all that remain"
+            f"{count}. Use {legal}, or dp_shard=-1 for all that remain"
         )
-    return Mesh({"dp_replicate": replicate, "dp_shard": shard})
+    return Mesh({"pp": pp, "dp_replicate": replicate, "dp_shard": shard})
+
+
+def _divisors(n: int) -> list[int]:
+    return [d for d in range(1, n + 1) if n % d == 0]

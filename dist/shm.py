@@ -8,20 +8,21 @@ in place. The protocol, for each operation of a group:
     DONE     the last level of the operation, sent when this rank has read all it needs
 
 Operations in several rounds (large tensors outside shared buffers) pass through one scratch buffer per group, piece by
-piece and one operation after the other; small tensors travel inside READY.
+piece and one operation after the other; small tensors travel inside READY. Point-to-point messages: `mail.py`.
 Must not know: units, ZeRO, meshes.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
 
-from windlass.dist.errors import CommError
 from windlass.dist.hub import Body, Hub, Members, Operation
+from windlass.dist.mail import Mail
+from windlass.dist.memfd import bytes_of, map_memory, new_memory
 from windlass.dist.transport import (
     Buffer,
     Call,
@@ -48,8 +49,8 @@ class ShmChannel:
 
     kind = "shm"
 
-    def __init__(self, name: str, ranks: tuple[int, ...], rank: int, number: int, hub: Hub) -> None:
-        self.ranks, self.rank, self.hub = ranks, rank, hub
+    def __init__(self, name: str, ranks: tuple[int, ...], rank: int, number: int, hub: Hub, mail: Mail) -> None:
+        self.ranks, self.rank, self.hub, self.mail = ranks, rank, hub, mail
         self.members = Members(name, number, [r for r in ranks if r != ranks[rank]])
         self._scratch: Shared | None = None
         self._last_in_scratch: Operation | None = None
@@ -134,7 +135,7 @@ class ShmChannel:
                 parts = [self._received(operation, r, flat) for r in self.ranks]
                 combine(parts, flat, op)
 
-            return self.hub.start(operation, inline(), payload=_bytes_of(flat))
+            return self.hub.start(operation, inline(), payload=bytes_of(flat).numpy().tobytes())
 
         def rounds(piece: torch.Tensor, scratch: list[torch.Tensor], operation: Operation) -> Body:
             scratch[self.rank].copy_(piece)
@@ -158,7 +159,9 @@ class ShmChannel:
                 if self.rank != src:
                     flat.copy_(self._received(operation, self.ranks[src], flat))
 
-            return self.hub.start(operation, inline(), payload=_bytes_of(flat) if self.rank == src else b"")
+            return self.hub.start(
+                operation, inline(), payload=bytes_of(flat).numpy().tobytes() if self.rank == src else b""
+            )
 
         def rounds(piece: torch.Tensor, scratch: list[torch.Tensor], operation: Operation) -> Body:
             if self.rank == src:
@@ -186,6 +189,15 @@ class ShmChannel:
             return out
 
         return result
+
+    def send(self, call: Call, tensor: torch.Tensor, to: Sequence[int]) -> Finish:
+        return self.mail.send(self.members, call, tensor, [self.ranks[i] for i in to])
+
+    def receive(self, call: Call, out: torch.Tensor, source: int) -> Finish:
+        return self.mail.receive(self.members, call, out, self.ranks[source])
+
+    def connect(self, edges: Sequence[tuple[int, int]]) -> None:
+        """All ranks of a host are connected from the start."""
 
     def _received(self, operation: Operation, rank: int, like: torch.Tensor) -> torch.Tensor:
         if rank == self.ranks[self.rank]:
@@ -224,39 +236,3 @@ class ShmChannel:
         finally:
             if fd is not None:
                 os.close(fd)
-
-
-def _bytes_of(flat: torch.Tensor) -> bytes:
-    return flat.detach().view(torch.uint8).numpy().tobytes() if flat.numel() else b""
-
-
-def new_memory(name: str, numel: int, dtype: torch.dtype) -> tuple[int, torch.Tensor]:
-    """Make zeroed memory that other processes can map through its descriptor, with every page present.
-
-    Raises: CommError naming the bytes that could not be had.
-    """
-    num_bytes = max(numel * dtype.itemsize, 1)
-    try:
-        fd = os.memfd_create(f"windlass {name}"[:200], os.MFD_CLOEXEC)
-        # Allocates now: memory that is only promised would kill the process (SIGBUS) when it is first touched.
-        os.posix_fallocate(fd, 0, num_bytes)
-    except OSError as error:
-        raise CommError(
-            f"shared memory for '{name}': {num_bytes} bytes could not be had: {error}. Use fewer ranks on this host, "
-            "a smaller model, or a higher ZeRO stage"
-        ) from error
-    return fd, _as_tensor(fd, numel, dtype).zero_()  # the zeros are there already; writing them maps the pages
-
-
-def map_memory(fd: int, numel: int, dtype: torch.dtype) -> torch.Tensor:
-    """Map a peer's memory and close the descriptor. Pages are mapped as they are read."""
-    tensor = _as_tensor(fd, numel, dtype)
-    os.close(fd)
-    return tensor
-
-
-def _as_tensor(fd: int, numel: int, dtype: torch.dtype) -> torch.Tensor:
-    # Unlike the mmap module, torch keeps no descriptor per mapping, of which a process may only have so many.
-    if numel == 0:
-        return torch.empty(0, dtype=dtype)
-    return torch.from_file(f"/proc/self/fd/{fd}", shared=True, size=numel, dtype=dtype)

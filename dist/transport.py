@@ -55,6 +55,11 @@ class Call:
         """Everything that must agree between the ranks, as text."""
         return f"{self.seq}|{self.kind}|{self.label}|{self.numel}|{self.dtype}|{self.detail}"
 
+    @property
+    def content(self) -> str:
+        """Everything that must agree between the sender and the receiver of a message, as text."""
+        return f"{self.label}|{self.numel}|{self.dtype}"
+
     @staticmethod
     def parse(signature: str) -> Call:
         seq, kind, rest = signature.split("|", 2)
@@ -71,6 +76,19 @@ def mismatch(group: str, mine: Call, my_rank: int, theirs: Call, their_rank: int
     return CommError(f"{what}. Every rank of a group must start the same operations in the same order")
 
 
+def misdelivered(group: str, sent: str, sender: int, wanted: str, receiver: int) -> CommError:
+    """Build the error for a message that is not the one its receiver wants, from the contents of both sides' calls."""
+
+    def side(content: str) -> str:
+        label, numel, dtype = content.rsplit("|", 2)
+        return f"'{label}' ({numel} x {dtype})"
+
+    return CommError(
+        f"group '{group}': rank {sender} sent {side(sent)}, rank {receiver} wants {side(wanted)} next. What one rank "
+        "sends to another must be received in the same order, with the same label, size and format"
+    )
+
+
 @dataclass
 class Buffer:
     """Memory of a symmetric buffer on this rank, with whatever its channel keeps beside it."""
@@ -85,7 +103,7 @@ class Buffer:
 class Channel(Protocol):
     """One group's way to move bytes. Ranks are indices inside the group; `ranks` are their numbers in the world.
 
-    Collective: every rank of the group starts the same calls in the same order
+    Collective: every rank of the group starts the same calls in the same order, apart from `send` and `receive`
     """
 
     kind: str
@@ -110,6 +128,14 @@ class Channel(Protocol):
 
     def wait_free(self, buffer: Buffer) -> None:
         """Block until no peer reads this buffer any more."""
+
+    def send(self, call: Call, tensor: torch.Tensor, to: Sequence[int]) -> Finish:
+        """Send to one or more ranks; matches their receives from this rank in order. Blocks: no."""
+
+    def receive(self, call: Call, out: torch.Tensor, source: int) -> Finish: ...
+
+    def connect(self, edges: Sequence[tuple[int, int]]) -> None:
+        """Do now what the first message from source to destination would have to wait for."""
 
 
 def box_of(tensor: torch.Tensor, index: int, size: int) -> torch.Tensor:
@@ -181,7 +207,7 @@ class SelfChannel:
         return Buffer(tensor, tensor, full)
 
     def all_gather(self, call: Call, buffer: Buffer) -> Finish:
-        return _nothing
+        return nothing
 
     def gather_into(self, call: Call, buffer: Buffer, out: torch.Tensor) -> Finish:
         return lambda: void(out.copy_(buffer.tensor))
@@ -190,10 +216,10 @@ class SelfChannel:
         return lambda: sum_in_rank_order([buffer.mine], out, accumulate=accumulate)
 
     def all_reduce(self, call: Call, tensor: torch.Tensor, op: str) -> Finish:
-        return _nothing
+        return nothing
 
     def broadcast(self, call: Call, tensor: torch.Tensor, src: int) -> Finish:
-        return _nothing
+        return nothing
 
     def exchange(self, call: Call, payload: bytes) -> Callable[[], list[bytes]]:
         return lambda: [payload]
@@ -201,10 +227,19 @@ class SelfChannel:
     def wait_free(self, buffer: Buffer) -> None:
         """Nobody else reads."""
 
+    def send(self, call: Call, tensor: torch.Tensor, to: Sequence[int]) -> Finish:
+        raise CommError(f"{call}: rank {self.ranks[0]} is alone in its group: it has nobody to send to")
+
+    def receive(self, call: Call, out: torch.Tensor, source: int) -> Finish:
+        raise CommError(f"{call}: rank {self.ranks[0]} is alone in its group: nobody sends to it")
+
+    def connect(self, edges: Sequence[tuple[int, int]]) -> None:
+        """There is nobody to connect to."""
+
 
 def void(_: object) -> None:
     """Drop a value."""
 
 
-def _nothing() -> None:
+def nothing() -> None:
     """Finish an operation that moves nothing."""

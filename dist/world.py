@@ -18,9 +18,11 @@ import torch.distributed as dist
 from windlass.dist.device import Device
 from windlass.dist.env import ProcessEnv
 from windlass.dist.errors import CommError
-from windlass.dist.group_transport import GlooChannel, NcclChannel, Queue
+from windlass.dist.group_transport import GlooChannel, Queue
 from windlass.dist.hub import Hub
 from windlass.dist.links import Links, Listener
+from windlass.dist.mail import Mail
+from windlass.dist.nccl import NcclChannel
 from windlass.dist.rendezvous import Facts, choose_interface, host_key, meet, open_store
 from windlass.dist.shm import ShmChannel
 from windlass.dist.transport import Channel, Stall
@@ -36,6 +38,7 @@ class World:
         self.store: Any = None
         self.facts: list[Facts] = []
         self.hub: Hub | None = None
+        self.mail: Mail | None = None
         self.process_groups: dict[tuple[int, ...], Any] = {}
 
     @staticmethod
@@ -68,6 +71,7 @@ class World:
             addresses = {f.rank: f.shm_address for f in neighbours if f.rank != env.rank}
             links = Links.connect(env.rank, addresses, listener, timeout_s)
             world.hub = Hub(links, timeout_s, world.stall)
+            world.mail = Mail(world.hub)
             # A child that kept the sockets would hide the death of its parent from the peers.
             os.register_at_fork(after_in_child=partial(_abandon, weakref.ref(links)))
         elif listener:
@@ -101,13 +105,30 @@ class World:
         """
         for ranks in wanted:
             if len(ranks) > 1 and ranks not in self.process_groups and self._needs_process_group(ranks):
-                self._default_group()
-                self.process_groups[ranks] = dist.new_group(list(ranks), timeout=timedelta(seconds=self.timeout_s))
+                self.process_groups[ranks] = self._new_group(ranks)
+
+    def new_lanes(self, wanted: list[tuple[int, ...]]) -> tuple[Any, Any] | None:
+        """Make two process groups for each of these rank sets, where messages need some; return this rank's.
+
+        Collective: every rank of the world, with the same list
+        """
+        mine = None
+        for ranks in wanted:
+            if len(ranks) > 1 and self.device.kind == "cuda":
+                lanes = self._new_group(ranks, "nccl"), self._new_group(ranks, "nccl")
+                mine = lanes if self.env.rank in ranks else mine
+        return mine
+
+    def _new_group(self, ranks: tuple[int, ...], backend: str | None = None) -> Any:
+        self._default_group()
+        return dist.new_group(list(ranks), timeout=timedelta(seconds=self.timeout_s), backend=backend)
 
     def _needs_process_group(self, ranks: tuple[int, ...]) -> bool:
         return self.device.kind == "cuda" or not self.shares_memory(ranks)
 
-    def channels(self, name: str, ranks: tuple[int, ...], number: int) -> tuple[Channel, Channel]:
+    def channels(
+        self, name: str, ranks: tuple[int, ...], number: int, lanes: tuple[Any, Any] | None
+    ) -> tuple[Channel, Channel]:
         """Return the channels of a group for host memory and for device memory."""
         rank = ranks.index(self.env.rank)
         pg = None
@@ -116,12 +137,12 @@ class World:
                 self.process_groups[ranks] = self._default_group()
             pg = self.process_groups[ranks]
         host: Channel
-        if self.hub is not None and self.shares_memory(ranks):
-            host = ShmChannel(name, ranks, rank, number, self.hub)
+        if self.hub is not None and self.mail is not None and self.shares_memory(ranks):
+            host = ShmChannel(name, ranks, rank, number, self.hub, self.mail)
         else:
-            host = GlooChannel(name, ranks, rank, pg, self.timeout_s, self.queue)
+            host = GlooChannel(name, ranks, rank, number, pg, self.timeout_s, self.queue)
         if self.device.kind == "cuda":
-            return host, NcclChannel(name, ranks, rank, pg, self.device.torch_device)
+            return host, NcclChannel(name, ranks, rank, pg, lanes, self.device.torch_device)
         return host, host
 
     def _default_group(self) -> Any:
@@ -146,9 +167,11 @@ class World:
 
     def close(self) -> None:
         """Say good-bye to the peers and release sockets and process groups."""
-        if self.hub is not None:
+        if self.hub is not None and self.mail is not None:
             self.hub.close()
-            self.hub = None
+            self.mail.close()
+            self.hub = self.mail = None
+        self.queue.close()
         if self.process_groups and dist.is_initialized():
             dist.destroy_process_group()
         self.process_groups.clear()

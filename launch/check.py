@@ -18,8 +18,10 @@ from windlass.data.mixture import check_data_config
 from windlass.dist.device import pick_device
 from windlass.dist.errors import ConfigError
 from windlass.dist.mesh import Mesh, plan_mesh
-from windlass.launch.job import Key, Loaded, job_keys
+from windlass.launch.job import Key, Loaded, job_keys, show_value
+from windlass.launch.suggest import nearest_key
 from windlass.model.config import check_model
+from windlass.parallel.pipeline.builders import BUILDERS
 
 _LIMITS: tuple[tuple[str, Callable[[Any, Any], bool], str], ...] = (
     ("gt", lambda value, limit: value > limit, "greater than"),
@@ -76,6 +78,7 @@ def check_job(loaded: Loaded, world_size: int, *, to_run: bool = True) -> Mesh:
     mesh = plan_mesh(loaded.config.parallelism, world_size)
     check_model(loaded.config.model, {k.removeprefix("model.") for k in loaded.given if k.startswith("model.")})
     _check_batch(loaded, mesh)
+    _check_pipeline(loaded, mesh)
     _check_schedule(loaded)
     _check_optimizer(loaded)
     _check_precision(loaded)
@@ -93,7 +96,7 @@ def _unused(loaded: Loaded, path: str, why: str) -> None:
 
 def _check_batch(loaded: Loaded, mesh: Mesh) -> None:
     train, model = loaded.config.train, loaded.config.model
-    ranks = mesh.world_size
+    ranks = mesh.size("dp")
     unit = train.micro_batch * ranks
     if train.global_batch % unit:
         below, above = train.global_batch // unit * unit, -(-train.global_batch // unit) * unit
@@ -107,6 +110,41 @@ def _check_batch(loaded: Loaded, mesh: Mesh) -> None:
             f"{loaded.at('train.seq_len')}: learned positions end at model.max_seq_len = {model.max_seq_len}. "
             f"Use train.seq_len={model.max_seq_len} or model.max_seq_len={train.seq_len}."
         )
+
+
+def _check_pipeline(loaded: Loaded, mesh: Mesh) -> None:
+    pipeline, pp = loaded.config.pipeline, mesh.sizes["pp"]
+    if pp == 1:
+        for path in sorted(loaded.given):
+            if path.startswith("pipeline."):
+                _unused(loaded, path, "with parallelism.pp = 1, which is no pipeline")
+        return
+    name = pipeline.schedule
+    if name not in ("auto", *BUILDERS) and not Path(name).is_file():
+        match = nearest_key(name, BUILDERS)
+        raise ConfigError(
+            f"{loaded.at('pipeline.schedule')}: no such schedule and no such file"
+            + (f", did you mean '{match}'?" if match else ".")
+            + f" Use auto, {', '.join(BUILDERS)} or a schedule file."
+        )
+    if name not in ("auto", "interleaved"):
+        _unused(loaded, "pipeline.chunks", f"with pipeline.schedule = '{name}', only with interleaved")
+    if pipeline.vocab == "off":
+        for key in ("vocab_shares", "vocab_chunk"):
+            _unused(loaded, f"pipeline.{key}", "with pipeline.vocab = 'off'")
+    per_rank: tuple[tuple[str, str, Callable[[list[float]], bool]], ...] = (
+        ("speeds", "positive numbers", lambda values: min(values) > 0),
+        ("vocab_shares", "numbers of 0 or more, not all 0", lambda values: min(values) >= 0 < sum(values)),
+    )
+    for key, words, holds in per_rank:
+        values = getattr(pipeline, key)
+        if values and not (len(values) == pp and all(map(math.isfinite, values)) and holds(values)):
+            raise ConfigError(
+                f"{loaded.at(f'pipeline.{key}')}: must be {pp} {words}, one per pipeline rank (parallelism.pp = {pp}), "
+                f"such as {show_value([1.0] * (pp - 1) + [0.5])}."
+            )
+    if any(count < 1 for count in pipeline.cut):
+        raise ConfigError(f"{loaded.at('pipeline.cut')}: every stage needs a block. Use numbers of 1 or more.")
 
 
 def _check_schedule(loaded: Loaded) -> None:
@@ -157,15 +195,20 @@ def _check_zero(loaded: Loaded, mesh: Mesh) -> None:
     if zero.stage != 3:
         for name in ("reshard", "prefetch"):
             _unused(loaded, f"zero.{name}", f"with zero.stage = {zero.stage}, only with 3")
+    elif zero.reshard == ("run" if sizes["pp"] == 1 else "turnaround"):
+        alone = sizes["pp"] == 1
+        why = "is for pipelines, and parallelism.pp = 1" if alone else "cannot be: other work comes between"
+        legal = "auto, each, turnaround or never" if alone else "auto, run, each or never"
+        raise ConfigError(f"{loaded.at('zero.reshard')}: {why}. Use {legal}.")
     if zero.stage == 0 and sizes["dp_replicate"] > 1:
         raise ConfigError(
             f"{loaded.at('parallelism.dp_replicate')}: zero.stage = 0 keeps everything on every rank anyway. "
             "Use parallelism.dp_replicate=1, or zero.stage=1 or more to shard within replicas."
         )
-    if zero.stage > 0 and sizes["dp_shard"] == 1 and mesh.world_size > 1:
+    if zero.stage > 0 and sizes["dp_shard"] == 1 and sizes["dp_replicate"] > 1:
         raise ConfigError(
             f"{loaded.at('zero.stage')}: nothing is sharded over parallelism.dp_shard = 1. Use zero.stage=0 with "
-            f"parallelism.dp_replicate=1, or parallelism.dp_shard={mesh.world_size}."
+            f"parallelism.dp_replicate=1, or parallelism.dp_shard={mesh.size('dp')}."
         )
 
 

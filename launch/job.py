@@ -19,8 +19,10 @@ from windlass.launch.local import LaunchConfig
 from windlass.launch.metrics import MetricsConfig
 from windlass.launch.profiler import ProfilerConfig
 from windlass.model.config import ModelConfig
+from windlass.model.loss import LossConfig
 from windlass.parallel.activation import ActivationConfig
 from windlass.parallel.optim import OptimizerConfig, ScheduleConfig
+from windlass.parallel.pipeline.policy import PipelineConfig
 from windlass.parallel.precision import PrecisionConfig
 from windlass.parallel.zero import ZeroConfig
 
@@ -75,12 +77,14 @@ class JobConfig:
     """Everything a user can say about a run."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     lr_scheduler: ScheduleConfig = field(default_factory=ScheduleConfig)
     zero: ZeroConfig = field(default_factory=ZeroConfig)
     parallelism: ParallelismConfig = field(default_factory=ParallelismConfig)
+    pipeline: PipelineConfig = field(default_factory=PipelineConfig)
     precision: PrecisionConfig = field(default_factory=PrecisionConfig)
     activation: ActivationConfig = field(default_factory=ActivationConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)

@@ -3,7 +3,8 @@
     JobConfig + world size + cluster facts  ->  Plan
 
 No process is started and no memory is taken. Model states and traffic follow the formulas of `parallel.memory`,
-activations those of `parallel.footprint`; the run books what it really allocates beside it.
+activations those of `parallel.footprint`, what pipeline ranks do is planned in `parallel.pipeline`; the run books what
+it really allocates beside it.
 Must not know: the command line, running processes.
 """
 
@@ -11,21 +12,28 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from itertools import product
 from typing import Any
 
 from windlass.dist.cluster import ClusterConfig
-from windlass.dist.errors import ModelError
+from windlass.dist.errors import ModelError, PlanError
 from windlass.dist.mesh import Mesh, plan_mesh
 from windlass.launch.job import JobConfig, value_at
 from windlass.model.build import build_model
 from windlass.model.flops import flops_per_token
+from windlass.model.protocol import BlockModel
 from windlass.parallel.activation import ActivationConfig
-from windlass.parallel.footprint import Footprint, measure_footprint
+from windlass.parallel.footprint import Footprint, hold, measure_footprint
 from windlass.parallel.memory import MODEL_STATES, Transfer, plan_traffic, scratch_bytes, state_bytes
-from windlass.parallel.units import ModelPlan, plan_units
+from windlass.parallel.pipeline.model_costs import model_costs
+from windlass.parallel.pipeline.plan import plan_pipeline
+from windlass.parallel.pipeline.planned import IDLE_GOAL, PipelinePlan
+from windlass.parallel.pipeline.rank_bytes import RankActivations, plan_activations, plan_messages
+from windlass.parallel.units import ModelPlan, RankShare, is_tied, plan_units, vocabulary_of
 
 FITS, DOES_NOT_FIT, UNKNOWN = "fits", "does not fit", "unknown"
 USABLE = 0.95  # of a device's memory; the rest goes to fragments of the allocator
@@ -33,6 +41,7 @@ USABLE = 0.95  # of a device's memory; the rest goes to fragments of the allocat
 RUNTIME_BYTES = {"cpu": 450 * 2**20, "cuda": 600 * 2**20}
 MAX_DOUBLINGS = 8  # of the number of ranks, when looking for a change that fits
 TOKEN_BYTES = 4 * 8  # token, position, document and label, each int64
+VOCABULARY = -1  # the place of a vocabulary shard's gathers in `plan_traffic`
 
 
 @dataclass(frozen=True)
@@ -45,14 +54,29 @@ class UnitSummary:
     numel: int
     padded: int
     shard_numel: int
+    pipeline_rank: int = 0
+
+
+@dataclass(frozen=True)
+class RankSummary:
+    """What one pipeline rank holds and does. Units: bytes on its device by class; `in_flight` in micro-batches."""
+
+    stages: list[tuple[int, int]]  # blocks [first, last) of each
+    vocabulary: tuple[int, int] | None  # rows [low, high); None: not cut
+    num_parameters: int
+    bytes: dict[str, int]
+    in_flight: float
+    idle: float  # simulated share of a step
 
 
 @dataclass(frozen=True)
 class Plan:
     """What was planned. Equal on every rank, compared by `digest` when a run starts.
 
-    Units:  bytes of one rank by tier and class of state, of the worst rank (shards are padded to equal size, so every
-            rank is the worst); elements and bytes of one training step; seconds at the peak rates of the cluster
+    `ranks` are those of one pipeline, a single one without. All data-parallel ranks beside one of them hold the same,
+    because shards are padded to equal size; `bytes` and `traffic` are those of the worst.
+    Units:  bytes of one rank by tier and class of state; elements and bytes of one training step; seconds at the peak
+            rates of the cluster
     """
 
     world_size: int
@@ -65,12 +89,14 @@ class Plan:
     num_micro_batches: int
     bytes: dict[str, dict[str, int]]
     traffic: list[Transfer]
-    flops_per_step: float  # of one rank
+    flops_per_step: float  # of the mean rank
     compute_s: float | None
     comm_s: float | None
     device: str
     capacity_bytes: int | None
     verdict: str
+    ranks: list[RankSummary]
+    pipeline: PipelinePlan | None = None  # None: one pipeline rank
     notes: list[str] = field(default_factory=list)
     worst_rank: int = 0
 
@@ -86,11 +112,13 @@ class Plan:
     @property
     def elements_per_step(self) -> int:
         """Elements of gradients and parameters that pass through collectives, as the ZeRO paper counts them."""
-        return sum(t.elements for t in self.traffic if t.tag != "scalar")
+        return sum(t.elements for t in self.traffic if t.group in ("shard", "replicate"))
 
     def as_json(self) -> dict[str, Any]:
         """Return plain data for JSON."""
-        return {**asdict(self), "model_state_bytes": self.model_state_bytes, "device_bytes": self.device_bytes}
+        pipeline = None if self.pipeline is None else self.pipeline.as_json()
+        plain = {**asdict(replace(self, pipeline=None)), "pipeline": pipeline}
+        return {**plain, "model_state_bytes": self.model_state_bytes, "device_bytes": self.device_bytes}
 
     def digest(self) -> str:
         """Return a hash that is equal exactly when the plans are."""
@@ -101,7 +129,7 @@ class Planner:
     """Plans variants of one model: what does not depend on the variant is worked out once."""
 
     def __init__(self, config: JobConfig) -> None:
-        self._model = build_model(config.model)
+        self._model = build_model(config.model, loss=config.loss)
         self._flops_per_token = flops_per_token(self._model, config.train.seq_len)
         self._footprints: dict[Any, Footprint | ModelError] = {}
 
@@ -116,67 +144,118 @@ class Planner:
     ) -> Plan:
         """Plan one job of this model. See `make_plan`."""
         mesh, train = plan_mesh(config.parallelism, world_size), config.train
-        num_shards = mesh.size("dp") if config.zero.stage == 0 else mesh.sizes["dp_shard"]
-        units = plan_units(self._model, num_shards)
-        num_micro_batches = train.num_micro_batches(world_size)
-        sequences = train.micro_batch * num_micro_batches * world_size
+        num_micro_batches = train.num_micro_batches(mesh.size("dp"))
+        sequences = train.micro_batch * num_micro_batches * mesh.size("dp")
         device = device or _device(config, cluster)
-        held, notes = self._bytes(config, units, device, num_micro_batches, activations)
-        traffic = plan_traffic(
-            units,
-            config.zero,
-            config.precision,
-            num_replicas=mesh.sizes["dp_replicate"],
-            world_size=world_size,
-            num_micro_batches=num_micro_batches,
-        )
+        pipeline = self.pipeline(config, mesh) if mesh.sizes["pp"] > 1 else None
+        footprint = self._footprint(config) if activations else None
+        notes = _notes(config, mesh, pipeline, footprint)
+        active = self._activations(config, pipeline, footprint) if isinstance(footprint, Footprint) else None
+        units, ranks, traffics, num_trainable = [], [], [], 0
+        for rank in range(mesh.sizes["pp"]):
+            share = RankShare.whole(len(self._model.blocks)) if pipeline is None else pipeline.share(rank)
+            model_plan = plan_units(self._model, _num_shards(config, mesh), share)
+            num_trainable += model_plan.trainable_numel
+            units += [
+                UnitSummary(u.name, u.trainable, len(u.parameters), u.numel, u.padded, u.shard_numel, rank)
+                for u in model_plan.units
+            ]
+            ranks.append(
+                RankSummary(
+                    stages=[(span.first, span.last) for span in share.stages],
+                    vocabulary=None if share.shard is None else (share.shard.low, share.shard.high),
+                    num_parameters=model_plan.numel,
+                    bytes=_held_bytes(config, model_plan, device, num_micro_batches) | (active[rank] if active else {}),
+                    in_flight=1.0 if pipeline is None else pipeline.activations_in_flight(rank),
+                    idle=0.0 if pipeline is None else round(pipeline.idle[rank], 4),
+                )
+            )
+            traffics.append(_traffic(config, mesh, model_plan, pipeline, rank))
+        worst = max(range(len(ranks)), key=lambda rank: sum(ranks[rank].bytes.values()))
+        waiting = _waiting_bytes(config, num_micro_batches)
         capacity = _capacity(cluster, world_size, device)
-        if capacity is None or "activation" not in held["device"]:
+        if capacity is None or active is None:
             verdict = UNKNOWN
         else:
-            verdict = FITS if sum(held["device"].values()) <= capacity * USABLE else DOES_NOT_FIT
-        flops = self._flops_per_token * train.seq_len * train.micro_batch * num_micro_batches
+            verdict = FITS if sum(ranks[worst].bytes.values()) <= capacity * USABLE else DOES_NOT_FIT
+        flops = self._flops_per_token * sequences * train.seq_len / world_size
         return Plan(
             world_size=world_size,
             mesh=dict(mesh.sizes),
-            num_parameters=units.numel,
-            num_trainable=units.trainable_numel,
-            units=[
-                UnitSummary(u.name, u.trainable, len(u.parameters), u.numel, u.padded, u.shard_numel)
-                for u in units.units
-            ],
+            num_parameters=sum(rank.num_parameters for rank in ranks),
+            num_trainable=num_trainable,
+            units=units,
             sequences_per_step=sequences,
             tokens_per_step=sequences * train.seq_len,
             num_micro_batches=num_micro_batches,
-            bytes=held,
-            traffic=traffic,
+            bytes={"device": ranks[worst].bytes, "host": {} if device == "cpu" else {"batch": waiting}, "nvme": {}},
+            traffic=traffics[worst],
             flops_per_step=flops,
             compute_s=flops / cluster.device_flops if cluster.device_flops else None,
-            comm_s=_comm_seconds(traffic, cluster, mesh, config.zero.stage),
+            comm_s=_comm_seconds(traffics[worst], cluster, mesh, config.zero.stage),
             device=device,
             capacity_bytes=capacity,
             verdict=verdict,
+            ranks=ranks,
+            pipeline=pipeline,
             notes=notes,
+            worst_rank=worst * mesh.size("dp"),
         )
 
-    def _bytes(
-        self, config: JobConfig, units: ModelPlan, device: str, num_micro_batches: int, activations: bool
-    ) -> tuple[dict[str, dict[str, int]], list[str]]:
-        train, notes = config.train, []
-        held = state_bytes(units, config.zero, config.precision, config.optimizer)
-        held |= scratch_bytes(units, config.zero, config.precision)
-        footprint = self._footprint(config) if activations else None
-        if footprint is None:
-            notes.append("activations left out")
-        elif isinstance(footprint, Footprint):
-            held |= {"activation": footprint.kept, "workspace": footprint.workspace, "context": footprint.context}
+    def pipeline(self, config: JobConfig, mesh: Mesh) -> PipelinePlan:
+        """Plan the pipeline of one job, of a single stage if it has one pipeline rank.
+
+        Only what the configuration says of the cluster counts, not what a machine detects about itself: the choice must
+        be the same on every rank, and the same here as in the run.
+        """
+        model, train, cluster = self._model, config.train, config.cluster
+        within = cluster.nodes <= 1
+        network = cluster.network_bytes_per_s / max(1, cluster.devices_per_node)
+        spare = cluster.device_bytes * USABLE - max(RUNTIME_BYTES.values())
+        costs = model_costs(
+            model,
+            micro_batch=train.micro_batch,
+            seq_len=train.seq_len,
+            loss_chunk_tokens=config.model.loss_chunk_tokens,
+            zero=config.zero,
+            precision=config.precision,
+            optimizer=config.optimizer,
+            num_shards=_num_shards(config, mesh),
+            flops_per_s=cluster.device_flops,
+            bytes_per_s=cluster.link_bytes_per_s if within else network,
+            limit_bytes=spare if cluster.device_bytes else math.inf,
+        )
+        return plan_pipeline(
+            config.pipeline,
+            num_ranks=mesh.sizes["pp"],
+            num_micro_batches=train.num_micro_batches(mesh.size("dp")),
+            num_blocks=len(model.blocks),
+            vocab_size=config.model.vocab_size,
+            tied=is_tied(model),
+            zero=config.zero,
+            activation=config.activation,
+            costs=costs,
+            vocab_problem=_vocab_problem(model),
+            sequences=train.micro_batch * mesh.size("dp"),
+        )
+
+    def _activations(
+        self, config: JobConfig, pipeline: PipelinePlan | None, footprint: Footprint
+    ) -> list[dict[str, int]]:
+        """Return the bytes by class of what every pipeline rank holds from forward to backward."""
+        if pipeline is None:
+            ranks = [RankActivations(footprint.kept, footprint.workspace, 1)]
         else:
-            notes.append(f"activations unknown: {footprint}")
-        micro_batch = train.micro_batch * train.seq_len * TOKEN_BYTES
-        waiting = (num_micro_batches + config.data.prefetch) * micro_batch
-        held["batch"] = waiting if device == "cpu" else micro_batch
-        held["runtime"] = RUNTIME_BYTES[device]
-        return {"device": held, "host": {} if device == "cpu" else {"batch": waiting}, "nvme": {}}, notes
+            ranks = plan_activations(
+                pipeline,
+                hold(footprint.parts, config.activation),
+                tokens=config.train.micro_batch * config.train.seq_len,
+                itemsize=config.precision.param_dtype.itemsize,
+                exact=config.precision.master_dtype.itemsize,
+            )
+        return [
+            {"activation": r.kept, "workspace": r.workspace, "context": r.contexts * footprint.context} for r in ranks
+        ]
 
     def _footprint(self, config: JobConfig) -> Footprint | ModelError:
         train = config.train
@@ -230,7 +309,10 @@ def nearest_change(
     """
     planner = Planner(config)
     for overrides, variant, ranks in _variants(config, world_size):
-        plan = planner.plan(variant, ranks, cluster, device)
+        try:
+            plan = planner.plan(variant, ranks, cluster, device)
+        except PlanError:  # a pipeline of which no stage cut fits
+            continue
         if plan.verdict == FITS:
             return Change(overrides, ranks, plan)
     return None
@@ -241,12 +323,13 @@ def _variants(config: JobConfig, world_size: int) -> Iterator[tuple[list[str], J
     divisors = [n for n in range(train.micro_batch, 0, -1) if train.micro_batch % n == 0]
     policies = [config.activation, ActivationConfig(policy="recompute")]
     for ranks in (world_size * 2**k for k in range(MAX_DOUBLINGS + 1)):
-        batch = train.global_batch or train.micro_batch * ranks
+        data_ranks = ranks // config.parallelism.pp
+        batch = train.global_batch or train.micro_batch * data_ranks
         parallelism = config.parallelism if ranks == world_size else replace(config.parallelism, dp_shard=-1)
         for size, activation in product(divisors, policies[: 1 + (policies[0] != policies[1])]):
-            if batch % (size * ranks):
+            if batch % (size * data_ranks):
                 continue
-            for stage in range(config.zero.stage, 4) if ranks > 1 else (config.zero.stage,):
+            for stage in range(config.zero.stage, 4) if data_ranks > 1 else (config.zero.stage,):
                 fixed_batch = train.global_batch if size == train.micro_batch else batch
                 variant = replace(
                     config,
@@ -269,6 +352,81 @@ def _overrides(config: JobConfig, variant: JobConfig) -> list[str]:
         "parallelism.dp_shard",
     )
     return [f"{key}={value_at(variant, key)}" for key in keys if value_at(variant, key) != value_at(config, key)]
+
+
+def _num_shards(config: JobConfig, mesh: Mesh) -> int:
+    """Return over how many ranks a unit is cut; stage 0 cuts only its reduction, so over all of them."""
+    return mesh.size("dp") if config.zero.stage == 0 else mesh.sizes["dp_shard"]
+
+
+def _held_bytes(config: JobConfig, units: ModelPlan, device: str, num_micro_batches: int) -> dict[str, int]:
+    """Return the bytes by class of what a rank holds besides activations."""
+    held = state_bytes(units, config.zero, config.precision, config.optimizer)
+    held |= scratch_bytes(units, config.zero, config.precision, pipelined=config.parallelism.pp > 1)
+    one = config.train.micro_batch * config.train.seq_len * TOKEN_BYTES
+    held["batch"] = _waiting_bytes(config, num_micro_batches) if device == "cpu" else one
+    held["runtime"] = RUNTIME_BYTES[device]
+    return held
+
+
+def _waiting_bytes(config: JobConfig, num_micro_batches: int) -> int:
+    """Return the bytes of token ids that have been read ahead."""
+    one = config.train.micro_batch * config.train.seq_len * TOKEN_BYTES
+    return (num_micro_batches + config.data.prefetch) * one
+
+
+def _traffic(
+    config: JobConfig, mesh: Mesh, units: ModelPlan, pipeline: PipelinePlan | None, rank: int
+) -> list[Transfer]:
+    gathers = None
+    if pipeline is not None and pipeline.lowering["gather"] != "none":
+        gathers = Counter(
+            a.place if a.kind == "GATHER" else VOCABULARY
+            for a in pipeline.schedule.ranks[rank]
+            if a.kind in ("GATHER", "VGATHER")
+        )
+    rows = plan_traffic(
+        units,
+        config.zero,
+        config.precision,
+        num_replicas=mesh.sizes["dp_replicate"],
+        world_size=mesh.world_size,
+        num_micro_batches=config.train.num_micro_batches(mesh.size("dp")),
+        stage_gathers=gathers,
+    )
+    if pipeline is not None:
+        rows += plan_messages(pipeline, rank, config.precision.param_dtype.itemsize)
+    return rows
+
+
+def _vocab_problem(model: BlockModel) -> str:
+    """Say why the vocabulary of a model cannot be cut; empty if it can."""
+    try:
+        vocabulary_of(model)
+    except PlanError as error:
+        return str(error)
+    return ""
+
+
+def _notes(
+    config: JobConfig, mesh: Mesh, pipeline: PipelinePlan | None, footprint: Footprint | ModelError | None
+) -> list[str]:
+    notes = []
+    if pipeline is not None and pipeline.mean_idle > IDLE_GOAL:
+        m = pipeline.schedule.num_micro_batches
+        note = f"the pipeline is idle for {pipeline.mean_idle:.0%} of a step of {m} micro-batch{'es' * (m > 1)}"
+        enough = pipeline.enough_micro_batches()
+        if enough is None:
+            note += ", and more would not help: the ranks have unequal work (pipeline.vocab, pipeline.cut)"
+        else:
+            batch = enough * config.train.micro_batch * mesh.size("dp")
+            note += f"; with train.global_batch={batch} ({enough} micro-batches) for less than {IDLE_GOAL:.0%}"
+        notes.append(note)
+    if footprint is None:
+        notes.append("activations left out")
+    elif isinstance(footprint, ModelError):
+        notes.append(f"activations unknown: {footprint}")
+    return notes
 
 
 def _device(config: JobConfig, cluster: ClusterConfig) -> str:

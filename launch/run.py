@@ -185,10 +185,11 @@ def build_run(config: JobConfig, env: ProcessEnv) -> Run:
     with ExitStack() as stack:
         with clock.phase("data"):
             device = pick_device(config.train.device, env.local_rank)
-            model = build_model(config.model)
-            inputs = open_inputs(config, env.rank, env.world_size, config.model.vocab_size)
-        with clock.phase("plan"):
+            model = build_model(config.model, loss=config.loss)
             mesh = plan_mesh(config.parallelism, env.world_size)
+            # All ranks of a pipeline read the same rows.
+            inputs = open_inputs(config, mesh.index_along("dp", env.rank), mesh.size("dp"), config.model.vocab_size)
+        with clock.phase("plan"):
             # Activations are measured when the run has ended: that imports torch's compiler, seconds of every start.
             plan = make_plan(config, env.world_size, config.cluster, device.kind, activations=False)
             folder, events = _open_folder(config, env.rank, stack)
@@ -214,6 +215,7 @@ def build_run(config: JobConfig, env: ProcessEnv) -> Run:
                 fill=start_values(config, model, stack) if checkpoint is None else to_be_restored,
                 tracer=tracer,
                 account=lambda state, num_bytes: ledger.add("device", state, num_bytes),
+                pipeline=plan.pipeline,
             )
         with clock.phase("restore"):
             progress = go_on(config, inputs.identity, engine, comm.world, checkpoint, passed_over)

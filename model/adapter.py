@@ -43,8 +43,11 @@ class HfEmbed(nn.Module):
         self.tokens, self.positions = tokens, positions
 
     def forward(self, tokens_BT: torch.Tensor, context: HfContext) -> torch.Tensor:
-        h_BTD = self.tokens(tokens_BT)
-        return h_BTD if self.positions is None else h_BTD + self.positions(context.positions_BT)
+        return self.place(self.tokens(tokens_BT), context)
+
+    def place(self, e_BTD: torch.Tensor, context: HfContext) -> torch.Tensor:
+        """Add the learned positions, if there are any, to rows of the token table."""
+        return e_BTD if self.positions is None else e_BTD + self.positions(context.positions_BT)
 
 
 class HfBlock(nn.Module):
@@ -68,8 +71,10 @@ class HfHead(nn.Module):
         super().__init__()
         self.norm, self.proj, self.loss = norm, proj, loss
 
-    def forward(self, h_BTD: torch.Tensor, labels_BT: torch.Tensor) -> torch.Tensor:
-        return self.loss(self.norm(h_BTD), self.proj.weight, labels_BT)
+    def forward(
+        self, h_BTD: torch.Tensor, labels_BT: torch.Tensor, weights_BT: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        return self.loss(self.norm(h_BTD), self.proj.weight, labels_BT, weights_BT)
 
     def logits(self, h_BTD: torch.Tensor) -> torch.Tensor:
         return self.proj(self.norm(h_BTD))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Iterator
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -16,23 +17,28 @@ from windlass.dist.errors import ConfigError, ModelError
 from windlass.model.attention import AttentionScheme, LocalAttention
 from windlass.model.config import ModelConfig, check_model
 from windlass.model.decoder import Decoder
-from windlass.model.loss import ChunkedCrossEntropy, Loss
+from windlass.model.loss import PLAIN, ChunkedCrossEntropy, Loss, LossConfig
 from windlass.model.meta import weightless
 from windlass.model.protocol import BlockModel
 
 Fill = Callable[[str, int, int, torch.Tensor], None]  # (name, start, stop, out_1d): writes row-major [start, stop)
 
 
-def build_model(config: ModelConfig, attention: AttentionScheme | None = None, loss: Loss | None = None) -> BlockModel:
+def build_model(
+    config: ModelConfig, attention: AttentionScheme | None = None, loss: Loss | LossConfig = PLAIN
+) -> BlockModel:
     """Build the model with its parameters on the meta device and its buffers, if any, real.
 
-    `attention` and `loss` replace the local ones of the decoder.
+    `attention` replaces the local one of the decoder; `loss` configures the local loss, or replaces it.
     Raises:      ConfigError for a config that cannot work, ModelError for a folder or factory that cannot be used
     """
     check_model(config)
     if config.kind == "custom":
+        if isinstance(loss, LossConfig):
+            _check_own_loss(loss)
         return _build_custom(config)
-    loss = loss or ChunkedCrossEntropy(config.loss_chunk_tokens)
+    if isinstance(loss, LossConfig):
+        loss = ChunkedCrossEntropy(config.loss_chunk_tokens, loss)
     if config.kind == "transformers":
         from windlass.model.adapter import HfAdapter
 
@@ -84,6 +90,15 @@ def materialise(model: BlockModel, fill: Fill, dtype: torch.dtype, device: torch
             for key, parameter in list(module._parameters.items()):
                 if parameter is not None and id(parameter) in real:
                     module._parameters[key] = real[id(parameter)]
+
+
+def _check_own_loss(loss: LossConfig) -> None:
+    changed = [f.name for f in fields(loss) if getattr(loss, f.name) != f.default]
+    if changed:
+        raise ConfigError(
+            f"loss.{changed[0]} = {getattr(loss, changed[0])} has no effect: a model of kind 'custom' brings its own "
+            "loss. Remove the key, and compute it in the model's head."
+        )
 
 
 def _build_custom(config: ModelConfig) -> BlockModel:

@@ -45,8 +45,11 @@ class Embed(nn.Module):
         self.positions = nn.Embedding(config.max_seq_len, config.hidden_size) if learned else None
 
     def forward(self, tokens_BT: torch.Tensor, context: Context) -> torch.Tensor:
-        h_BTD = self.tokens(tokens_BT)
-        return h_BTD if self.positions is None else h_BTD + self.positions(context.positions_BT)
+        return self.place(self.tokens(tokens_BT), context)
+
+    def place(self, e_BTD: torch.Tensor, context: Context) -> torch.Tensor:
+        """Add the learned positions, if there are any, to rows of the token table."""
+        return e_BTD if self.positions is None else e_BTD + self.positions(context.positions_BT)
 
 
 class Attention(nn.Module):
@@ -124,8 +127,10 @@ class Head(nn.Module):
         self.proj = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.loss = loss
 
-    def forward(self, h_BTD: torch.Tensor, labels_BT: torch.Tensor) -> torch.Tensor:
-        return self.loss(self.norm(h_BTD), self.proj.weight, labels_BT)
+    def forward(
+        self, h_BTD: torch.Tensor, labels_BT: torch.Tensor, weights_BT: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        return self.loss(self.norm(h_BTD), self.proj.weight, labels_BT, weights_BT)
 
     def logits(self, h_BTD: torch.Tensor) -> torch.Tensor:
         """Return logits_BTV."""

@@ -27,12 +27,15 @@ def flops_per_token(model: BlockModel | ModelConfig, seq_len: int) -> float:
     built = _built(model)
     parts = (*built.blocks, built.head)
     held = {id(parameter): parameter.numel() for part in parts for parameter in part.parameters()}
-    config = getattr(built, "config", None)
-    attention = 0
-    if isinstance(config, ModelConfig):
-        visible = min(seq_len, config.sliding_window or seq_len)
-        attention = 12 * config.num_layers * config.num_heads * config.head_dim * visible
-    return 6 * sum(held.values()) + attention
+    return 6 * sum(held.values()) + 3 * len(built.blocks) * attention_flops_per_token(built, seq_len)
+
+
+def attention_flops_per_token(model: BlockModel, seq_len: int) -> float:
+    """Return the operations of one block's attention (QK^T and PV) per token, forward only."""
+    config = getattr(model, "config", None)
+    if not isinstance(config, ModelConfig):
+        return 0.0
+    return 4.0 * config.num_heads * config.head_dim * min(seq_len, config.sliding_window or seq_len)
 
 
 def _built(model: BlockModel | ModelConfig) -> BlockModel:

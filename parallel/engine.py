@@ -14,10 +14,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-from torch import nn
 
 from windlass.data.batch import Batch
-from windlass.dist.comm import Comm
+from windlass.dist.comm import Comm, Group
 from windlass.dist.device import Device
 from windlass.dist.errors import ModelError
 from windlass.dist.mesh import Mesh
@@ -27,10 +26,14 @@ from windlass.model.protocol import BlockModel
 from windlass.parallel.activation import ActivationConfig
 from windlass.parallel.buffers import Account
 from windlass.parallel.optim import OptimizerConfig
+from windlass.parallel.pipeline.builders import forward_only, one_stage
+from windlass.parallel.pipeline.passes import lower
+from windlass.parallel.pipeline.plan import PipelinePlan
+from windlass.parallel.pipeline.schedule import Layout, Schedule
 from windlass.parallel.precision import PrecisionConfig
+from windlass.parallel.stages import build_runner, hidden_width, realise
 from windlass.parallel.unit import Fill, Unit
-from windlass.parallel.units import ModelPlan, model_parts, plan_units
-from windlass.parallel.walk import Walk, plan_stages
+from windlass.parallel.units import ModelPlan, RankShare, plan_units
 from windlass.parallel.zero import UnitBuilder, ZeroConfig
 
 
@@ -50,10 +53,11 @@ class StepReport:
 
 
 class Engine:
-    """Trains a `BlockModel` under ZeRO stages 0-3 on a `dp_replicate x dp_shard` mesh. A `StateSource`.
+    """Trains a `BlockModel` under ZeRO stages 0-3 on a `pp x dp_replicate x dp_shard` mesh. A `StateSource`.
 
     The model's parameters are built on the meta device and get their values through `fill(name, start, stop, out_1d)`,
-    asked only for the elements this rank holds. `account(state class, bytes)` is told of every buffer.
+    asked only for the elements this rank holds. `account(state class, bytes)` is told of every buffer. `pipeline` says
+    which stages and rows of the vocabulary are where and in what order they run; without one there is one stage.
 
     Collective:  construction, every step, evaluation; all ranks of the mesh
     Raises:      ModelError if the model has nothing to train or a buffer was left on the meta device
@@ -73,27 +77,37 @@ class Engine:
         fill: Fill,
         tracer: Tracer,
         account: Account,
+        pipeline: PipelinePlan | None = None,
     ) -> None:
         self._comm, self._device, self._tracer = comm, device, tracer
         self._precision, self._optimizer = precision, optimizer
         self._world = comm.world
+        rank = self._world.rank
+        self._pipeline = pipeline
+        self._lowering = zero.lowering(mesh.sizes["pp"] > 1)
+        self._schedules: dict[tuple[int, bool], Schedule] = {}
+        column = mesh.ranks_along("pp", rank)
+        self._pp_rank = column.index(rank)
+        share = RankShare.whole(len(model.blocks)) if pipeline is None else pipeline.share(self._pp_rank)
         # Stage 0 splits only the reduction, so it may as well split it over every data-parallel rank.
         axes = ("dp_replicate", "dp_shard") if zero.stage == 0 else ("dp_shard",)
-        rank = self._world.rank
         self._shards = comm.group(mesh.ranks_along(axes, rank), "shard")
         replicas = mesh.ranks_along("dp_replicate", rank) if zero.stage > 0 else (rank,)
         self._num_replicas = len(replicas)
         self._replica_index = replicas.index(rank)
-        self.plan: ModelPlan = plan_units(model, self._shards.size)
-        if not any(u.trainable for u in self.plan.units):
+        self.whole: ModelPlan = plan_units(model, 1)
+        if not any(u.trainable for u in self.whole.units):
             raise ModelError("the model has no trainable parameter: set requires_grad on what is to be trained")
-        by_name = _realise(model, self.plan, precision.param_dtype, device.torch_device)
+        self.plan: ModelPlan = plan_units(model, self._shards.size, share)
+        width = hidden_width(model) if len(column) > 1 else 0
+        by_name = realise(model, self.plan, share, precision.param_dtype, device.torch_device)
         builder = UnitBuilder(
             zero,
             precision,
             optimizer,
             self._shards,
             comm.group(replicas, "replicate") if len(replicas) > 1 else None,
+            self._holders(mesh, replicas, share),
             device.torch_device,
             account,
         )
@@ -103,17 +117,59 @@ class Engine:
             unit.fill(fill)
             self._units.append(unit)
         self._trainable = [u for u in self._units if u.reducer is not None]
-        stages = plan_stages(model, self.plan, self._units, activation, zero.reshard if zero.stage == 3 else "never")
         for unit in self._units:
             if not unit.residency.transient:
                 unit.ready()
-        self._walk = Walk(model, stages, zero.prefetch, precision.param_dtype, tracer)
+        self._runner = build_runner(
+            model,
+            self.plan,
+            share,
+            self._units,
+            one_stage(1) if pipeline is None else pipeline.schedule,
+            shards=() if pipeline is None else pipeline.shards,
+            vocab_chunk=0 if pipeline is None else pipeline.vocab_chunk,
+            comm=comm,
+            ranks=column,
+            zero=zero,
+            activation=activation,
+            dtype=precision.param_dtype,
+            device=device.torch_device,
+            width=width,
+            tracer=tracer,
+        )
         self._steps = 0
         self._seconds: dict[str, float] = {}
 
+    def _holders(self, mesh: Mesh, replicas: Sequence[int], share: RankShare) -> Group | None:
+        """Return the group of ranks that hold the same shard of a tied embedding that lies on two pipeline ranks.
+
+        Collective:  every rank of the world
+        """
+        if self._pipeline is None:
+            return None
+        ends = [pp for pp in range(self._pipeline.num_ranks) if self._pipeline.share(pp).tied_to_peer]
+        if not ends:
+            return None
+        ranks = [mesh.rank_at({**mesh.coords(replica), "pp": pp}) for pp in ends for replica in replicas]
+        return self._comm.group(sorted(ranks) if share.tied_to_peer else (self._world.rank,), "tied")
+
+    def _schedule(self, num_micro_batches: int, *, train: bool) -> Schedule:
+        """Return the schedule of a step, or of an evaluation, with that many micro-batches."""
+        key = (num_micro_batches, train)
+        if key not in self._schedules:
+            if self._pipeline is None:
+                plain = one_stage(num_micro_batches) if train else forward_only(Layout(1, (0,)), num_micro_batches)
+                self._schedules[key] = lower(plain, **self._lowering)
+            elif train:
+                self._schedules[key] = self._pipeline.schedule
+            else:
+                plain = forward_only(self._pipeline.schedule.layout, num_micro_batches)
+                self._schedules[key] = lower(plain, **self._lowering)
+        return self._schedules[key]
+
     @property
     def num_parameters(self) -> int:
-        return self.plan.numel
+        return self.whole.numel
 
     @property
     def optimizer_steps(self) -> int:
@@ -134,20 +190,20 @@ class Engine:
         self._seconds = {}
         waited = self._comm.waited_s
         with self._phase("count"):
-            tokens = self._global_sum(float(sum(b.num_valid for b in batches)))
+            # Every pipeline rank has the same rows.
+            tokens = self._global_sum(float(sum(b.num_valid for b in batches)) if self._pp_rank == 0 else 0.0)
         seed = 1.0 / tokens if tokens else 0.0
         with self._phase("forward_backward"):
-            losses = [
-                self._walk.forward_backward(self._put(batch), seed, last=i == len(batches) - 1)
-                for i, batch in enumerate(batches)
-            ]
+            on_device = [self._put(batch) for batch in batches]
+            losses = self._runner.run(self._schedule(len(batches), train=True), on_device, seed)
         with self._phase("reduce"):
             for unit in self._trainable:
                 assert unit.reducer is not None
                 unit.reducer.finish()
         with self._phase("norm"):
-            squares = torch.stack([_sum_of_squares(u.reducer.grad) for u in self._trainable if u.reducer])
-            local = torch.stack([torch.stack(losses).double().sum(), squares.sum()]).cpu()
+            own = [u for u in self._trainable if not u.plan.borrowed]
+            squares = [_sum_of_squares(u.reducer.grad) for u in own if u.reducer]
+            local = torch.stack([_total(losses), _total(squares)])
             self._world.all_reduce(local, tag="scalar", label="loss and norm").wait()
             loss = local[0].item() * seed
             # Each replica contributed the same sum of squares.
@@ -170,12 +226,24 @@ class Engine:
 
         Collective:  every rank, with the same number of micro-batches
         """
-        total = torch.zeros((), dtype=torch.float64, device=self._device.torch_device)
-        for batch in batches:
-            total += self._walk.forward(self._put(batch)).double()
-        both = torch.stack([total.cpu(), torch.tensor(float(sum(b.num_valid for b in batches)), dtype=torch.float64)])
+        losses = self._forward(batches)
+        tokens = float(sum(b.num_valid for b in batches)) if self._pp_rank == 0 else 0.0
+        both = torch.stack([_total(losses), torch.tensor(tokens, dtype=torch.float64)])
         self._world.all_reduce(both, tag="scalar", label="evaluation").wait()
         return both[0].item(), int(both[1].item())
+
+    def log_probs(self, batches: Sequence[Batch]) -> list[torch.Tensor]:
+        """Return the log-probability of every label, logp_BT per micro-batch (fp32 or fp64, 0 without a label).
+
+        On the pipeline rank of the head; on others the list is empty.
+        Collective:  every rank, with the same number of micro-batches
+        """
+        return self._forward(batches, per_token=True)
+
+    def _forward(self, batches: Sequence[Batch], *, per_token: bool = False) -> list[torch.Tensor]:
+        on_device = [self._put(batch) for batch in batches]
+        schedule = self._schedule(len(batches), train=False)
+        return self._runner.run(schedule, on_device, gradients=False, per_token=per_token)
 
     # -- StateSource -------------------------------------------------------------------------------------------------
 
@@ -195,6 +263,8 @@ class Engine:
 
     def _pieces(self, mine_only: bool) -> Iterator[Piece]:
         for unit in self._units:
+            if mine_only and unit.plan.borrowed:
+                continue
             low, high = unit.plan.box(self._shards.rank) if mine_only else (unit.low, unit.high)
             yield from unit.pieces(low, high)
 
@@ -216,35 +286,12 @@ class Engine:
         self._seconds[name] = time.perf_counter() - began
 
 
+def _total(values: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Return the sum in fp64 on the host, zero of none."""
+    return torch.stack([v.double() for v in values]).sum().cpu() if values else torch.zeros((), dtype=torch.float64)
+
+
 def _sum_of_squares(flat: torch.Tensor) -> torch.Tensor:
     """Return the sum of squares in fp64; 16-bit gradients are summed in fp32."""
     dtype = torch.float32 if flat.dtype == torch.bfloat16 else flat.dtype
     return torch.linalg.vector_norm(flat, dtype=dtype).double().square()
-
-
-def _realise(model: BlockModel, plan: ModelPlan, dtype: torch.dtype, device: torch.device) -> dict[str, nn.Parameter]:
-    """Replace the model's parameters by empty real ones, tied ones once; return them by checkpoint name."""
-    fresh: dict[int, nn.Parameter] = {}
-    by_name: dict[str, nn.Parameter] = {}
-    for part, module in model_parts(model):
-        for prefix, child in module.named_modules():
-            for name, old in list(child._parameters.items()):
-                if old is None:
-                    continue
-                if id(old) not in fresh:
-                    empty = torch.empty(0, dtype=dtype, device=device)
-                    fresh[id(old)] = nn.Parameter(empty, requires_grad=old.requires_grad)
-                    by_name[f"{part}.{prefix}.{name}" if prefix else f"{part}.{name}"] = fresh[id(old)]
-                child._parameters[name] = fresh[id(old)]
-            for name, buffer in list(child._buffers.items()):
-                if buffer is not None and buffer.is_meta:
-                    where = ".".join(filter(None, (part, prefix, name)))
-                    raise ModelError(
-                        f"buffer '{where}' is on the meta device, so its values are unknown: build only parameters on "
-                        "meta and buffers on the CPU"
-                    )
-                if buffer is not None:
-                    child._buffers[name] = buffer.to(device)
-    missing = [p.name for u in plan.units for p in u.parameters if p.name not in by_name]
-    assert not missing, missing
-    return by_name

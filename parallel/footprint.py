@@ -91,19 +91,36 @@ def measure_footprint(
     return _add_up(parts, activation, context)
 
 
-def _add_up(parts: Sequence[PartFootprint], activation: ActivationConfig, context: int) -> Footprint:
-    kept, extra = [], []
+@dataclass(frozen=True)
+class HeldPart:
+    """What one part of the model holds under an activation policy.
+
+    Units:  bytes; `kept` from forward to backward, `rebuilt` more from its recomputation on, `workspace` while it runs
+    """
+
+    kept: int
+    rebuilt: int
+    workspace: int
+
+
+def hold(parts: Sequence[PartFootprint], activation: ActivationConfig) -> list[HeldPart]:
+    """Return what each part of a whole model, first to last, holds."""
+    held = []
     for i, part in enumerate(parts):
         recompute = activation.policy == "recompute" and 0 < i < len(parts) - 1 and (i - 1) % activation.every == 0
-        kept.append(part.output if recompute else part.kept)
+        kept = part.output if recompute else part.kept
         # The loss head forms its gradients in forward; elsewhere backward forms them beside one gradient of the output.
         backward = 0 if i == len(parts) - 1 else part.output + part.gradients
-        extra.append(max(part.peak - part.kept, backward) + part.kept - kept[-1])
-    total, below, highest = sum(kept), 0, 0
-    for size, more in zip(kept, extra, strict=True):
-        below += size
-        highest = max(highest, below + more)
-    return Footprint(total, highest - total, context, tuple(parts))
+        held.append(HeldPart(kept, part.kept - kept, max(part.peak - part.kept, backward)))
+    return held
+
+
+def _add_up(parts: Sequence[PartFootprint], activation: ActivationConfig, context: int) -> Footprint:
+    below, highest = 0, 0
+    for part in hold(parts, activation):
+        below += part.kept
+        highest = max(highest, below + part.rebuilt + part.workspace)
+    return Footprint(below, highest - below, context, tuple(parts))
 
 
 class _Probe:

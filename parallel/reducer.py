@@ -28,6 +28,9 @@ class Reducer(Protocol):
     def add(self, gradients: Gradients) -> None:
         """Add the gradients of one use of the unit in this micro-batch."""
 
+    def add_rows(self, plan: ParameterPlan, index_K: torch.Tensor, rows_KD: torch.Tensor) -> None:
+        """Add gradients of some rows of a parameter; a row may come more than once."""
+
     def complete(self, last: bool) -> None:
         """Say that this micro-batch adds no more (`last`: nor does this step); may start reducing."""
 
@@ -51,18 +54,25 @@ class _Accumulator:
 
     def add(self, flat: torch.Tensor, gradients: Gradients) -> None:
         for p, gradient in gradients:
-            target = flat[p.offset : p.offset + p.numel].view(p.shape)
+            target = flat[p.offset : p.offset + p.size].view(p.shape)
             if p.offset in self._seen:
                 target.add_(gradient)
             else:
                 target.copy_(gradient)
                 self._seen.add(p.offset)
 
+    def add_rows(self, flat: torch.Tensor, p: ParameterPlan, index_K: torch.Tensor, rows_KD: torch.Tensor) -> None:
+        target = flat[p.offset : p.offset + p.size].view(p.shape)
+        if p.offset not in self._seen:
+            target.zero_()
+            self._seen.add(p.offset)
+        target.index_add_(0, index_K, rows_KD.to(target.dtype))
+
     def close(self, flat: torch.Tensor) -> None:
         """Zero the parameters that got no gradient and start over."""
         for p in self._plan.parameters:
             if p.offset not in self._seen:
-                flat[p.offset : p.offset + p.numel].zero_()
+                flat[p.offset : p.offset + p.size].zero_()
         self._seen.clear()
 
 
@@ -86,6 +96,11 @@ class ReduceAtStep:
         if self._accumulator.empty:
             self._symmetric.wait_free()
         self._accumulator.add(self._symmetric.tensor, gradients)
+
+    def add_rows(self, plan: ParameterPlan, index_K: torch.Tensor, rows_KD: torch.Tensor) -> None:
+        if self._accumulator.empty:
+            self._symmetric.wait_free()
+        self._accumulator.add_rows(self._symmetric.tensor, plan, index_K, rows_KD)
 
     def complete(self, last: bool) -> None:
         if last:
@@ -120,21 +135,25 @@ class ReduceInBackward:
         self._replicas = replicas
         self._label = f"grad {plan.name}"
         self._accumulator = _Accumulator(plan)
-        self._layout = tuple((p.offset, p.numel) for p in plan.parameters)
+        self._layout = tuple((p.offset, p.size) for p in plan.parameters)
         self._slot: GradSlot | None = None
         self._last_slot: GradSlot | None = None
         self._accumulate = False
         self.grad = shard
 
     def add(self, gradients: Gradients) -> None:
+        self._accumulator.add(self._filling().symmetric.tensor, gradients)
+
+    def add_rows(self, plan: ParameterPlan, index_K: torch.Tensor, rows_KD: torch.Tensor) -> None:
+        self._accumulator.add_rows(self._filling().symmetric.tensor, plan, index_K, rows_KD)
+
+    def _filling(self) -> GradSlot:
         if self._slot is None:
             self._slot = self._slots.take(self._plan.shard_numel, self._layout)
-        self._accumulator.add(self._slot.symmetric.tensor, gradients)
+        return self._slot
 
     def complete(self, last: bool) -> None:
-        if self._slot is None:
-            self._slot = self._slots.take(self._plan.shard_numel, self._layout)
-        slot, self._slot = self._slot, None
+        slot, self._slot = self._filling(), None
         self._accumulator.close(slot.symmetric.tensor)
         slot.held = False
         slot.pending = slot.symmetric.reduce_scatter(

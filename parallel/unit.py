@@ -51,6 +51,7 @@ class Unit:
             decayed = min(max(plan.decay_end - self.low, 0), self.high - self.low)
             self.optimizer = FlatOptimizer(optimizer, self.master, decayed)
         self._bound: torch.Tensor | None = None
+        self._uses, self._completed = 1, 0
 
     # -- compute parameters ------------------------------------------------------------------------------------------
 
@@ -59,7 +60,7 @@ class Unit:
         flat = self.residency.ready()
         if self._bound is not flat:
             for p, parameter in zip(self.plan.parameters, self.parameters, strict=True):
-                parameter.data = flat[p.offset : p.offset + p.numel].view(p.shape)
+                parameter.data = flat[p.offset : p.offset + p.size].view(p.shape)
             self._bound = flat
         return flat
 
@@ -70,6 +71,18 @@ class Unit:
     def trainable(self) -> Iterator[tuple[ParameterPlan, nn.Parameter]]:
         if self.reducer is not None:
             yield from zip(self.plan.parameters, self.parameters, strict=True)
+
+    # -- gradients ---------------------------------------------------------------------------------------------------
+
+    def expect(self, completions: int) -> None:
+        """Say how often `complete` is called in the step that begins."""
+        self._uses, self._completed = completions, 0
+
+    def complete(self) -> None:
+        """Say that what was added to the gradients so far may be reduced; the last call of a step reduces the rest."""
+        if self.reducer is not None:
+            self._completed += 1
+            self.reducer.complete(last=self._completed == self._uses)
 
     # -- update ------------------------------------------------------------------------------------------------------
 
@@ -98,7 +111,7 @@ class Unit:
         """Write the initial values of the own range. Collective through `publish`."""
         for p, start, stop in self.plan.overlaps(self.low, self.high):
             first = p.offset + start - self.low
-            fill(p.name, start, stop, self.master[first : first + stop - start])
+            fill(p.name, p.first + start, p.first + stop, self.master[first : first + stop - start])
         self.refresh()
 
     # -- state -------------------------------------------------------------------------------------------------------
@@ -122,8 +135,8 @@ class Unit:
     def _cut_pieces(self, prefix: str, flat: torch.Tensor, low: int, high: int) -> Iterator[Piece]:
         for p, start, stop in self.plan.overlaps(max(low, self.low), min(high, self.high)):
             at = p.offset + start - self.low
-            for box in boxes_of_range(p.shape, start, stop):
-                yield Piece(f"{prefix}.{p.name}", p.shape, box, flat[at : at + box.numel].view(box.sizes))
+            for box in boxes_of_range(p.global_shape, p.first + start, p.first + stop):
+                yield Piece(f"{prefix}.{p.name}", p.global_shape, box, flat[at : at + box.numel].view(box.sizes))
                 at += box.numel
 
     def set_optimizer_steps(self, steps: int) -> None:

@@ -1,48 +1,290 @@
-"""The walk: embed -> blocks -> head forwards, and back, with autograd running only inside one part at a time.
+"""The walk over one pipeline stage: its parts forwards, and back, with autograd running only inside one part at a time.
 
 Between parts plain Python gathers, releases and reduces units, so what is where at which moment is readable here and
 needs no hooks on modules. Activations of a part are kept as its autograd graph or rebuilt from its input. Parameters
 that a kept graph saved for backward are remembered as a place in their unit, not as memory, so a gathered buffer may
-be reused between forward and backward.
-Must not know: ZeRO stages, optimizers, ranks. Source of gather on use: arXiv:1910.02054; of recompute: Chen et al.
-2016, arXiv:1604.06174.
+be reused between forward and backward. Several micro-batches may be under way.
+Backward is one piece, or two: gradients of inputs now, the products that give weight gradients later.
+Must not know: ZeRO stages, optimizers, ranks, schedules. Source of gather on use: arXiv:1910.02054; of recompute: Chen
+et al. 2016, arXiv:1604.06174; of the split backward: Qi et al. 2023, arXiv:2401.10241.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import nn
 
 from windlass.data.batch import Batch
 from windlass.dist.trace import Tracer
-from windlass.model.protocol import BlockModel
-from windlass.parallel.activation import ActivationConfig
+from windlass.model.loss import label_log_probs
+from windlass.parallel.deferred import DeferProducts, Product
 from windlass.parallel.unit import Unit
-from windlass.parallel.units import ModelPlan, model_parts
+from windlass.parallel.units import ParameterPlan, Part
+
+Gradients = list[tuple[ParameterPlan, torch.Tensor]]
 
 
 @dataclass(frozen=True)
-class Stage:
+class Step:
     """One part of the model at run time."""
 
-    name: str
-    module: nn.Module
+    part: Part
     units: tuple[Unit, ...]
     keep_graph: bool  # activations are kept from forward to backward
-    keep_gathered: bool  # its units stay gathered from forward to backward
+    keep_gathered: bool  # its units stay gathered from forward to backward, which then follows at once
+    scheduled: bool = False  # its units are gathered and released by the schedule, not here
+
+    @property
+    def as_places(self) -> bool:
+        """Whether a graph that is kept may outlive the gathered parameters."""
+        return self.keep_graph and not self.keep_gathered and any(u.residency.transient for u in self.units)
 
 
 @dataclass
 class _Saved:
-    """What backward needs of a stage's forward."""
+    """What backward needs of one part's forward."""
 
-    input: torch.Tensor | None  # the leaf that the graph starts from; None for the embedding
+    input: torch.Tensor | None  # the leaf that the graph starts from; None for token ids
     output: torch.Tensor | None  # None: to be recomputed
+    products: list[Product] = field(default_factory=list)  # weight gradients that wait
+    gradients: dict[int, Gradients] = field(default_factory=dict)  # by position of the unit: those that came at once
+
+
+@dataclass
+class _MicroBatch:
+    """One micro-batch under way in this stage."""
+
+    batch: Batch
+    context: Any
+    saved: list[_Saved]
+
+
+class Walk:
+    """Runs micro-batches through the parts of one stage.
+
+    `wants_input`: something before this stage is trained, so the gradient of its input is needed. `split`: backward
+    comes in two pieces.
+    Invariant: every rank issues the same gathers and reductions in the same order, because the order is the list.
+    """
+
+    def __init__(self, steps: Sequence[Step], *, prefetch: int, wants_input: bool, split: bool, tracer: Tracer) -> None:
+        self.steps = list(steps)
+        self._prefetch, self._split, self._tracer = prefetch, split, tracer
+        last = len(self.steps) - 1
+        trainable = [i for i, s in enumerate(self.steps) if any(u.reducer is not None for u in s.units)]
+        # The backward walk ends at the first part that has something to train, or somebody before it who waits.
+        self._first_backward = 0 if wants_input else trainable[0] if trainable else last + 1
+        self._wants_input = wants_input
+        self._order_forward = list(range(last + 1))
+        self._order_backward = list(range(last, self._first_backward - 1, -1))
+        # A unit read by several parts is complete once the earliest of them has run backward.
+        self._completes: dict[int, list[Unit]] = {i: [] for i in self._order_forward}
+        seen: set[int] = set()
+        for i, step in enumerate(self.steps):
+            for unit in step.units:
+                if unit.reducer is not None and id(unit) not in seen:
+                    seen.add(id(unit))
+                    self._completes[i].append(unit)
+        self._under_way: dict[int, _MicroBatch] = {}
+
+    @property
+    def units(self) -> list[Unit]:
+        """Units that this stage reads."""
+        return list({id(u): u for step in self.steps for u in step.units}.values())
+
+    @property
+    def completed_units(self) -> list[Unit]:
+        """Units whose gradients this stage completes, in no matter which of its parts."""
+        return [unit for units in self._completes.values() for unit in units]
+
+    # -- forward -----------------------------------------------------------------------------------------------------
+
+    def forward(self, number: int, h: torch.Tensor | None, batch: Batch, context: Any) -> torch.Tensor:
+        """Run micro-batch `number` forwards and remember what backward needs; return the output, detached.
+
+        Collective:  every rank of the shard group, in the same order
+        """
+        run = self._under_way[number] = _MicroBatch(batch, context, [])
+        for i in self._order_forward:
+            step = self.steps[i]
+            with self._tracer.span(f"forward {step.part.name}", "parts"):
+                self._bring(self._order_forward, i)
+                keep = step.keep_graph and i >= self._first_backward
+                leaf = None if h is None else h.detach().requires_grad_(i > self._first_backward or self._wants_input)
+                saved = _Saved(leaf, None)
+                with torch.enable_grad() if keep else torch.no_grad(), self._recording(step, saved, keep):
+                    out = self._call(step.part, leaf, batch, context)
+                saved.output = out if keep else None
+                run.saved.append(saved)
+                h = out.detach()
+                self._drop(step, keep=step.keep_gathered and i >= self._first_backward)
+        assert h is not None
+        return h
+
+    @torch.no_grad()
+    def evaluate(
+        self, h: torch.Tensor | None, batch: Batch, context: Any, *, per_token: bool = False
+    ) -> torch.Tensor:
+        """Run one micro-batch forwards without gradients and forget it.
+
+        `per_token`: a head returns the log-probability of every label, logp_BT, instead of the loss sum.
+        """
+        for i in self._order_forward:
+            step = self.steps[i]
+            with self._tracer.span(f"evaluate {step.part.name}", "parts"):
+                self._bring(self._order_forward, i)
+                if per_token and step.part.role == "head" and h is not None:
+                    h = label_log_probs(step.part.module, h, batch.labels_BT)
+                else:
+                    h = self._call(step.part, h, batch, context)
+                self._drop(step, keep=False)
+        assert h is not None
+        return h
+
+    # -- backward ----------------------------------------------------------------------------------------------------
+
+    def rebuild(self, number: int) -> None:
+        """Recompute what forward of micro-batch `number` did not keep, before its backward needs it."""
+        for i in self._order_backward:
+            step, saved = self.steps[i], self._under_way[number].saved[i]
+            if saved.output is None:
+                for unit in step.units:
+                    unit.ready()
+                self._recompute(step, saved, self._under_way[number])
+                self._drop(step, keep=False)
+
+    def backward(self, number: int, gradient: torch.Tensor, *, complete: bool) -> torch.Tensor | None:
+        """Run micro-batch `number` backwards; return the gradient of the stage's input where it is wanted.
+
+        `complete` says that the gradients gathered up so far may be reduced.
+        Collective:  every rank of the shard group, in the same order
+        """
+        below: torch.Tensor | None = gradient
+        run = self._under_way.pop(number)
+        for i in self._order_backward:
+            with self._tracer.span(f"backward {self.steps[i].part.name}", "parts"):
+                below = self._back(i, run, below)
+                self._hand_in(i, run.saved[i], complete)
+        return below if self._wants_input else None
+
+    def input_gradient(self, number: int, gradient: torch.Tensor) -> torch.Tensor | None:
+        """Run the first piece of backward: the gradient of the input. Products for weights wait for the second."""
+        below: torch.Tensor | None = gradient
+        run = self._under_way[number]
+        for i in self._order_backward:
+            with self._tracer.span(f"input gradient {self.steps[i].part.name}", "parts"):
+                below = self._back(i, run, below)
+        return below if self._wants_input else None
+
+    def weight_gradient(self, number: int, *, complete: bool) -> None:
+        """Run the second piece of backward: form the weight gradients and hand all of them to the reducers."""
+        run = self._under_way.pop(number)
+        for i in self._order_backward:
+            with self._tracer.span(f"weight gradient {self.steps[i].part.name}", "parts"):
+                self._hand_in(i, run.saved[i], complete)
+
+    def _back(self, i: int, run: _MicroBatch, gradient: torch.Tensor | None) -> torch.Tensor | None:
+        step, saved = self.steps[i], run.saved[i]
+        self._bring(self._order_backward, len(self.steps) - 1 - i)
+        if saved.output is None:
+            self._recompute(step, saved, run)
+        below = self._differentiate(step, saved, gradient)
+        self._drop(step, keep=False)
+        return below
+
+    def _recompute(self, step: Step, saved: _Saved, run: _MicroBatch) -> None:
+        with torch.enable_grad(), self._recording(step, saved, True):
+            saved.output = self._call(step.part, saved.input, run.batch, run.context)
+
+    def _differentiate(self, step: Step, saved: _Saved, gradient: torch.Tensor | None) -> torch.Tensor | None:
+        """Run autograd inside one part; note the parameters' gradients and return that of the input."""
+        assert saved.output is not None
+        trainable = [(u, p, parameter) for u, unit in enumerate(step.units) for p, parameter in unit.trainable()]
+        inputs: list[torch.Tensor] = [parameter for _, _, parameter in trainable]
+        wants_input = saved.input is not None and saved.input.requires_grad
+        if wants_input:
+            assert saved.input is not None
+            inputs.append(saved.input)
+        if not saved.output.requires_grad or gradient is None:
+            return None
+        found = list(torch.autograd.grad(saved.output, inputs, gradient, allow_unused=True))
+        saved.output = None
+        below = found.pop() if wants_input else None
+        if wants_input and below is None:
+            assert saved.input is not None
+            below = torch.zeros_like(saved.input)
+        for (u, p, _), g in zip(trainable, found, strict=True):
+            if g is not None:
+                saved.gradients.setdefault(u, []).append((p, g))
+        saved.input = None
+        return below
+
+    def _hand_in(self, i: int, saved: _Saved, complete: bool) -> None:
+        """Give a part's gradients to the reducers."""
+        step = self.steps[i]
+        if saved.products:
+            plans = {id(parameter): (u, p) for u, unit in enumerate(step.units) for p, parameter in unit.trainable()}
+            for product in saved.products:
+                u, p = plans[id(product.parameter)]
+                saved.gradients.setdefault(u, []).append((p, product.compute()))
+            saved.products.clear()
+        for u, gradients in saved.gradients.items():
+            reducer = step.units[u].reducer
+            assert reducer is not None
+            reducer.add(gradients)
+        saved.gradients.clear()
+        if complete:
+            for unit in self._completes[i]:
+                unit.complete()
+
+    # ----------------------------------------------------------------------------------------------------------------
+
+    def _call(self, part: Part, h: torch.Tensor | None, batch: Batch, context: Any) -> torch.Tensor:
+        module: Any = part.module
+        out: torch.Tensor
+        if part.role == "embed":
+            out = module(batch.tokens_BT, context)
+        elif part.role == "place":
+            out = module.place(h, context)
+        elif part.role == "norm":
+            out = module(h)
+        elif part.role == "head":
+            weights = () if batch.weights_BT is None else (batch.weights_BT,)
+            out = module(h, batch.labels_BT, *weights)
+        else:
+            out = module(h, context)
+        return out
+
+    def _bring(self, order: Sequence[int], position: int) -> None:
+        """Make this part's units ready, and begin to gather those of the next parts in walk order."""
+        for ahead in order[position : position + 1 + self._prefetch]:
+            for unit in self.steps[ahead].units:
+                unit.residency.start()
+        for unit in self.steps[order[position]].units:
+            unit.ready()
+
+    def _drop(self, step: Step, keep: bool) -> None:
+        if not keep and not step.scheduled:
+            for unit in step.units:
+                unit.release()
+
+    @contextmanager
+    def _recording(self, step: Step, saved: _Saved, keep: bool) -> Iterator[None]:
+        """Record a graph so that gathered buffers can be reused and weight products can wait, where that is wanted."""
+        places: AbstractContextManager[Any] = nullcontext()
+        if keep and step.as_places:
+            where = {unit.ready().untyped_storage().data_ptr(): unit for unit in step.units}
+            places = torch.autograd.graph.saved_tensors_hooks(_packer(where), _unpack)
+        defer: AbstractContextManager[Any] = nullcontext()
+        if keep and self._split:
+            parameters = [parameter for unit in step.units for _, parameter in unit.trainable()]
+            defer = DeferProducts(parameters, saved.products)
+        with places, defer:
+            yield
 
 
 @dataclass(frozen=True)
@@ -53,172 +295,6 @@ class _Place:
     size: torch.Size
     stride: tuple[int, ...]
     offset: int
-
-
-def plan_stages(
-    model: BlockModel, plan: ModelPlan, units: Sequence[Unit], activation: ActivationConfig, reshard: str
-) -> list[Stage]:
-    """Say for every part of the model what is kept between its forward and its backward."""
-    parts = model_parts(model)
-    stages = []
-    for i, ((name, module), stage) in enumerate(zip(parts, plan.stages, strict=True)):
-        block = 0 < i < len(parts) - 1
-        recompute = activation.policy == "recompute" and block and (i - 1) % activation.every == 0
-        # The head's backward follows its forward, and the last block's follows that: keeping both costs no memory
-        # beyond the prefetch buffers, which have nothing to prefetch at that moment.
-        turnaround = reshard == "turnaround" and i >= len(parts) - 2
-        own = tuple(units[u] for u in stage.units)
-        resident = not any(unit.residency.transient for unit in own)
-        stages.append(Stage(name, module, own, not recompute, resident or reshard == "never" or turnaround))
-    return stages
-
-
-class Walk:
-    """Runs micro-batches through the stages.
-
-    Invariant: every rank issues the same gathers and reductions in the same order, because the order is the list.
-    """
-
-    def __init__(
-        self, model: BlockModel, stages: Sequence[Stage], prefetch: int, dtype: torch.dtype, tracer: Tracer
-    ) -> None:
-        self._model = model
-        self._stages = list(stages)
-        self._prefetch = prefetch
-        self._dtype = dtype
-        self._tracer = tracer
-        last = len(self._stages) - 1
-        # The backward walk ends at the first stage that has something to train.
-        trainable = [i for i, s in enumerate(self._stages) if any(u.reducer is not None for u in s.units)]
-        self._first_backward = trainable[0] if trainable else last + 1
-        self._order_forward = list(range(last + 1))
-        self._order_backward = list(range(last, self._first_backward - 1, -1))
-        # A tied unit is complete once the earliest stage that reads it has run backward.
-        self._completes: dict[int, list[Unit]] = {i: [] for i in self._order_forward}
-        seen: set[int] = set()
-        for i, stage in enumerate(self._stages):
-            for unit in stage.units:
-                if unit.reducer is not None and id(unit) not in seen:
-                    seen.add(id(unit))
-                    self._completes[i].append(unit)
-
-    def forward_backward(self, batch: Batch, seed: float, last: bool) -> torch.Tensor:
-        """Run one micro-batch both ways; return the loss summed over its valid tokens (detached, on its device).
-
-        `seed` multiplies the loss where backward starts: one over the global number of valid tokens. `last` says that
-        no further micro-batch of this step follows.
-
-        Collective:  every rank of the shard group, once per micro-batch
-        """
-        context = self._context(batch)
-        saved: list[_Saved] = []
-        h: torch.Tensor | None = None
-        for i in self._order_forward:
-            stage = self._stages[i]
-            with self._tracer.span(f"forward {stage.name}", "compute"):
-                self._bring(self._order_forward, i)
-                keep = stage.keep_graph and i >= self._first_backward
-                leaf = None if h is None else h.detach().requires_grad_(i > self._first_backward)
-                with torch.enable_grad() if keep else torch.no_grad(), self._saving(stage):
-                    out = self._run(stage, leaf, batch, context)
-                saved.append(_Saved(leaf, out if keep else None))
-                h = out.detach()
-                self._drop(stage, keep=stage.keep_gathered and i >= self._first_backward)
-        assert h is not None
-        loss = h
-        gradient: torch.Tensor | None = torch.full_like(loss, seed)
-        for i in self._order_backward:
-            stage = self._stages[i]
-            with self._tracer.span(f"backward {stage.name}", "compute"):
-                self._bring(self._order_backward, len(self._stages) - 1 - i)
-                record, saved[i] = saved[i], _Saved(None, None)
-                if record.output is None:
-                    with torch.enable_grad():
-                        record.output = self._run(stage, record.input, batch, context)
-                gradient = self._differentiate(stage, record, gradient)
-                self._drop(stage, keep=False)
-                for unit in self._completes[i]:
-                    assert unit.reducer is not None
-                    unit.reducer.complete(last)
-        return loss
-
-    @torch.no_grad()
-    def forward(self, batch: Batch) -> torch.Tensor:
-        """Return the loss summed over the valid tokens of one micro-batch, without gradients."""
-        context = self._context(batch)
-        h: torch.Tensor | None = None
-        for i in self._order_forward:
-            stage = self._stages[i]
-            with self._tracer.span(f"evaluate {stage.name}", "compute"):
-                self._bring(self._order_forward, i)
-                h = self._run(stage, h, batch, context)
-                self._drop(stage, keep=False)
-        assert h is not None
-        return h
-
-    def _context(self, batch: Batch) -> Any:
-        with torch.no_grad():
-            return self._model.context(batch.positions_BT, batch.documents_BT, self._dtype)
-
-    def _run(self, stage: Stage, h: torch.Tensor | None, batch: Batch, context: Any) -> torch.Tensor:
-        out: torch.Tensor
-        if stage is self._stages[0]:
-            out = stage.module(batch.tokens_BT, context)
-        elif stage is self._stages[-1]:
-            out = stage.module(h, batch.labels_BT)
-        else:
-            out = stage.module(h, context)
-        return out
-
-    def _differentiate(self, stage: Stage, record: _Saved, gradient: torch.Tensor | None) -> torch.Tensor | None:
-        """Run autograd inside one stage; hand parameter gradients to the reducers, return that of the input."""
-        assert record.output is not None
-        trainable = [(unit, p, parameter) for unit in stage.units for p, parameter in unit.trainable()]
-        inputs: list[torch.Tensor] = [parameter for _, _, parameter in trainable]
-        wants_input = record.input is not None and record.input.requires_grad
-        if wants_input:
-            assert record.input is not None
-            inputs.append(record.input)
-        if not record.output.requires_grad:
-            return None
-        found = list(torch.autograd.grad(record.output, inputs, gradient, allow_unused=True))
-        record.output = None
-        below = found.pop() if wants_input else None
-        if wants_input and below is None:
-            assert record.input is not None
-            below = torch.zeros_like(record.input)
-        by_unit: dict[int, list[Any]] = {}
-        for (unit, p, _), g in zip(trainable, found, strict=True):
-            if g is not None:
-                by_unit.setdefault(id(unit), []).append((p, g))
-        for unit in stage.units:
-            if id(unit) in by_unit:
-                assert unit.reducer is not None
-                unit.reducer.add(by_unit.pop(id(unit)))
-        return below
-
-    def _bring(self, order: Sequence[int], position: int) -> None:
-        """Make this stage's units ready, and begin to gather those of the next stages in walk order."""
-        for ahead in order[position : position + 1 + self._prefetch]:
-            for unit in self._stages[ahead].units:
-                unit.residency.start()
-        for unit in self._stages[order[position]].units:
-            unit.ready()
-
-    def _drop(self, stage: Stage, keep: bool) -> None:
-        if not keep:
-            for unit in stage.units:
-                unit.release()
-
-    @contextmanager
-    def _saving(self, stage: Stage) -> Iterator[None]:
-        """Record saved parameters of a released stage as places, so that the gathered buffer can be reused."""
-        if stage.keep_gathered or not stage.keep_graph:
-            yield
-            return
-        where = {unit.ready().untyped_storage().data_ptr(): unit for unit in stage.units}
-        with torch.autograd.graph.saved_tensors_hooks(_packer(where), _unpack):
-            yield
 
 
 def _packer(where: dict[int, Unit]) -> Callable[[torch.Tensor], torch.Tensor | _Place]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import nn
@@ -34,23 +35,37 @@ class ZeroConfig:
         },
     )
     reshard: str = field(
-        default="turnaround",
+        default="auto",
         metadata={
             "help": "stage 3: when gathered parameters are released. each: after every use (3 Psi per step); "
-            "turnaround: keep those whose backward follows at once; never: keep from forward to backward (2 Psi)",
-            "choices": ("each", "turnaround", "never"),
+            "turnaround: keep those whose backward follows at once; never: keep from forward to backward (2 Psi; with "
+            "a pipeline: for the whole step); run: with a pipeline, after each run of consecutive uses of a stage; "
+            "auto: turnaround without a pipeline, run with one",
+            "choices": ("auto", "each", "turnaround", "never", "run"),
         },
     )
     prefetch: int = field(
         default=1, metadata={"help": "stage 3: units gathered ahead of their use", "unit": "units", "ge": 0, "le": 8}
     )
 
+    def resharding(self, pipelined: bool) -> str:
+        """Return `reshard` with auto resolved; other stages keep everything gathered."""
+        if self.stage < 3:
+            return "never"
+        return self.reshard if self.reshard != "auto" else "run" if pipelined else "turnaround"
+
+    def lowering(self, pipelined: bool) -> dict[str, Any]:
+        """Return what lowering a schedule must know: when gradients are reduced and which gathers are actions."""
+        resharding = self.resharding(pipelined) if self.stage == 3 else "each"
+        as_actions = {"run": "run", "never": "step" if pipelined else "none"}
+        return {"reduce": "each" if self.stage >= 2 else "last", "gather": as_actions.get(resharding, "none")}
+
 
 class UnitBuilder:
     """Builds the units of one rank for one stage.
 
     `shards` is the group that cuts the state (with stage 0: that splits the reduction); `replicas` the group of ranks
-    that hold the same shard, if there is more than one.
+    that hold the same shard, if there is more than one; `holders` that of a shard of a unit on two pipeline ranks.
     """
 
     def __init__(
@@ -60,11 +75,12 @@ class UnitBuilder:
         optimizer: OptimizerConfig,
         shards: Group,
         replicas: Group | None,
+        holders: Group | None,
         device: torch.device,
         account: Account,
     ) -> None:
         self._zero, self._precision, self._optimizer = zero, precision, optimizer
-        self._shards, self._replicas = shards, replicas
+        self._shards, self._replicas, self._holders = shards, replicas, holders
         self._device, self._account = device, account
         self._pool = BufferPool(device, account)
         self._slots = SlotPool(self._make_slot)
@@ -97,14 +113,15 @@ class UnitBuilder:
 
     def _reducer(self, plan: UnitPlan) -> Reducer:
         dtype = self._precision.reduce_dtype
-        if self._zero.stage < 2:
+        replicas = self._holders if plan.shared else self._replicas
+        if self._zero.stage < 2 or plan.reduce_once:
             full = self._symmetric(plan.shard_numel, dtype, True, f"grad {plan.name}")
             self._account("grad", full.tensor.nbytes)
-            return ReduceAtStep(plan, full, self._replicas, replicated=self._zero.stage == 0)
+            return ReduceAtStep(plan, full, replicas, replicated=self._zero.stage == 0)
         self._slots.register(plan.shard_numel)
         shard = torch.zeros(plan.shard_numel, dtype=dtype, device=self._device)
         self._account("grad", shard.nbytes)
-        return ReduceInBackward(plan, shard, self._slots, self._replicas)
+        return ReduceInBackward(plan, shard, self._slots, replicas)
 
     def _make_slot(self, shard_numel: int, name: str) -> Symmetric:
         slot = self._symmetric(shard_numel, self._precision.reduce_dtype, True, name)

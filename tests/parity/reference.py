@@ -127,7 +127,8 @@ def loss_sum(model: Any, batch: Batch, dtype: torch.dtype) -> torch.Tensor:
     h = model.embed(batch.tokens_BT, context)
     for block in model.blocks:
         h = block(h, context)
-    out: torch.Tensor = model.head(h, batch.labels_BT)
+    weights = () if batch.weights_BT is None else (batch.weights_BT,)
+    out: torch.Tensor = model.head(h, batch.labels_BT, *weights)
     return out
 
 

@@ -51,11 +51,50 @@ def told(tmp_path: Path, *overrides: str, world: int = 2, to_run: bool = False) 
         (["train.device=cuda", "parallelism.transport=shm"], ["parallelism.transport = 'shm'", "auto or group"]),
         (["model.positions=learned", "model.rope_theta=5"], ["model.rope_theta", "no effect"]),
         (["model.num_heads=5", "model.hidden_size=192"], ["model."]),
+        (["zero.stage=3", "zero.reshard=run"], ["zero.reshard = 'run'", "auto, each, turnaround or never"]),
+        (["pipeline.schedule=zbv"], ["pipeline.schedule = 'zbv'", "no effect", "parallelism.pp = 1"]),
+        (["pipeline.vocab_chunk=64"], ["pipeline.vocab_chunk = 64", "no effect", "parallelism.pp = 1"]),
     ],
 )
 def test_what_cannot_work_names_the_keys_and_what_would(tmp_path: Path, overrides: list[str], parts: list[str]) -> None:
     text = told(tmp_path, *overrides)
     assert all(part in text for part in parts), text
+
+
+@pytest.mark.parametrize(
+    ("overrides", "parts"),
+    [
+        (["train.global_batch=3", "train.micro_batch=2"], ["train.global_batch = 3", "2 x 2 = 4", "Use 4."]),
+        (["pipeline.schedule=1fb1"], ["pipeline.schedule = '1fb1'", "did you mean '1f1b'?", "vhalf", "schedule file"]),
+        (["pipeline.schedule=no/such.txt"], ["pipeline.schedule = 'no/such.txt'", "no such file"]),
+        (
+            ["pipeline.schedule=1f1b", "pipeline.chunks=3"],
+            ["pipeline.chunks = 3", "no effect", "only with interleaved"],
+        ),
+        (["pipeline.vocab=off", "pipeline.vocab_chunk=64"], ["pipeline.vocab_chunk = 64", "pipeline.vocab = 'off'"]),
+        (["pipeline.vocab=off", "pipeline.vocab_shares=[1, 2]"], ["pipeline.vocab_shares = [1.0, 2.0]", "no effect"]),
+        (["pipeline.vocab=3"], ["pipeline.vocab = '3'", "auto, off, 1, 2"]),
+        (["pipeline.speeds=[1]"], ["pipeline.speeds = [1.0]", "2 positive numbers", "such as [1.0, 0.5]"]),
+        (["pipeline.speeds=[1, 0]"], ["pipeline.speeds = [1.0, 0.0]", "2 positive numbers"]),
+        (["pipeline.speeds=[1, .inf]"], ["pipeline.speeds = [1.0, inf]", "2 positive numbers"]),
+        (["pipeline.vocab_shares=[0, 0]"], ["pipeline.vocab_shares = [0.0, 0.0]", "not all 0"]),
+        (["pipeline.vocab_shares=[1, 1, 1]"], ["pipeline.vocab_shares = [1.0, 1.0, 1.0]", "2 numbers"]),
+        (["pipeline.cut=[4, 0]"], ["pipeline.cut = [4, 0]", "1 or more"]),
+        (["zero.stage=3", "zero.reshard=turnaround"], ["zero.reshard = 'turnaround'", "auto, run, each or never"]),
+    ],
+)
+def test_what_a_pipeline_cannot_do_names_the_keys_and_what_would_work(
+    tmp_path: Path, overrides: list[str], parts: list[str]
+) -> None:
+    text = told(tmp_path, "parallelism.pp=2", *overrides, world=4)
+    assert all(part in text for part in parts), text
+
+
+def test_a_vocabulary_share_of_zero_and_a_schedule_file_are_legal(tmp_path: Path) -> None:
+    path, schedule = tmp_path / "job.yaml", tmp_path / "schedule.txt"
+    schedule.write_text("")
+    path.write_text(f"parallelism: {{pp: 2}}\npipeline: {{vocab_shares: [0, 1], schedule: {schedule}}}\n")
+    assert check_job(load_job(path), 2, to_run=False).size("dp") == 1
 
 
 def test_a_mesh_that_does_not_divide_the_ranks_names_those_that_do(tmp_path: Path) -> None:
@@ -67,7 +106,7 @@ def test_a_mesh_that_does_not_divide_the_ranks_names_those_that_do(tmp_path: Pat
 
 def test_asking_for_what_is_the_default_anyway_is_not_an_unused_setting(tmp_path: Path) -> None:
     path = tmp_path / "job.yaml"
-    path.write_text("zero: {stage: 0, reshard: turnaround, prefetch: 1}\noptimizer: {momentum: 0.0}\n")
+    path.write_text("zero: {stage: 0, reshard: auto, prefetch: 1}\noptimizer: {momentum: 0.0}\n")
     assert check_job(load_job(path), 2, to_run=False).world_size == 2
 
 

@@ -37,10 +37,21 @@ def test_data_parallel_is_a_view_of_two_axes() -> None:
 
 @given(st.integers(1, 64))
 def test_every_divisor_of_the_world_makes_a_mesh(world_size: int) -> None:
-    for replicate in (d for d in range(1, world_size + 1) if world_size % d == 0):
-        mesh = plan_mesh(ParallelismConfig(dp_replicate=replicate), world_size)
-        assert (mesh.sizes["dp_replicate"], mesh.sizes["dp_shard"]) == (replicate, world_size // replicate)
-        assert mesh.world_size == world_size
+    for pp in divisors(world_size):
+        for replicate in divisors(world_size // pp):
+            mesh = plan_mesh(ParallelismConfig(pp=pp, dp_replicate=replicate), world_size)
+            assert (mesh.sizes["pp"], mesh.sizes["dp_replicate"]) == (pp, replicate)
+            assert mesh.size("dp") * pp == mesh.world_size == world_size
+
+
+def divisors(n: int) -> list[int]:
+    return [d for d in range(1, n + 1) if n % d == 0]
+
+
+def test_the_ranks_of_a_pipeline_are_as_far_apart_as_there_are_data_parallel_ranks() -> None:
+    mesh = plan_mesh(ParallelismConfig(pp=2, dp_replicate=2), 8)
+    assert str(mesh) == "pp=2 x dp_replicate=2 x dp_shard=2"
+    assert mesh.ranks_along("pp", 1) == (1, 5) and mesh.ranks_along("dp", 5) == (4, 5, 6, 7)
 
 
 @pytest.mark.parametrize(
@@ -52,6 +63,15 @@ def test_every_divisor_of_the_world_makes_a_mesh(world_size: int) -> None:
             "2 x 2 = 4, but the job has 6 ranks. Use 1 x 6 or 2 x 3 or 3 x 2",
         ),
         (ParallelismConfig(dp_shard=0), "1 x 0 = 0, but the job has 6 ranks"),
+        (ParallelismConfig(pp=4), r"parallelism.pp = 4 does not divide the 6 ranks.*Use one of \[1, 2, 3, 6\]"),
+        (
+            ParallelismConfig(pp=2, dp_replicate=2),
+            r"dp_replicate = 2 does not divide the 3 data-parallel ranks \(6 / parallelism.pp = 2\).*one of \[1, 3\]",
+        ),
+        (
+            ParallelismConfig(pp=3, dp_shard=3),
+            r"1 x 3 = 3, but the job has 2 data-parallel ranks \(6 / parallelism.pp = 3\). Use 1 x 2 or 2 x 1",
+        ),
     ],
 )
 def test_a_mesh_that_does_not_fit_names_what_would(config: ParallelismConfig, words: str) -> None:

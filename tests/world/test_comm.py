@@ -256,6 +256,7 @@ def refusals(comm: Comm) -> list[str]:
         lambda: group.broadcast(torch.zeros(1), size),
         lambda: group.symmetric(-1, torch.float32, full=True, name="negative"),
         lambda: comm.group([comm.rank, 99], "outside"),
+        lambda: comm.group(range(comm.size)[::-1] if comm.size > 1 else [0, 0], "falling"),
     ]
     messages = []
     for attempt in attempts:
@@ -274,7 +275,14 @@ def test_wrong_use_is_refused_on_the_spot_and_the_world_stays_usable(transport: 
     for messages in run_world(size, refusals, transport="auto" if transport == "self" else transport):
         words = ["not contiguous", "not contiguous", "'full' has an operation under way", "needs a full buffer"]
         words += ["needs a shard buffer", "elements, needs", "the shards are torch.float32", "contiguous"]
-        words += ["one of sum, max, min", "must be an index below", "must not be negative", "include this one", "twice"]
+        words += [
+            "one of sum, max, min",
+            "must be an index below",
+            "must not be negative",
+            "include this one",
+            "rising order",
+            "twice",
+        ]
         assert len(messages) == len(words)
         for message, word in zip(messages, words, strict=True):
             assert word in message
