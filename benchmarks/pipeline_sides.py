@@ -277,7 +277,8 @@ def build_torch(
         "zb1p": theirs.ScheduleInterleavedZeroBubble,
         "zbv": theirs.ScheduleZBVZeroBubble,
     }
-    options: dict[str, Any] = {"loss_fn": parts[-1].loss if ends else None, "scale_grads": False}
+    # Where there is a loss function there is a backward, so every rank gets one; the last stage calls it.
+    options: dict[str, Any] = {"loss_fn": parts[-1].loss, "scale_grads": False}
     runner: Any
     if schedule in one_per_rank:
         runner = one_per_rank[schedule](stages[0], num_micro_batches, **options)

@@ -78,7 +78,7 @@ def published_table() -> tuple[Table, list[str]]:
 
     table = Table(
         *("GPUs", "vocabulary", "algorithm", "published gain", "simulated gain", "simulated / published"),
-        title="1F1B of arXiv:2411.05288, table 5: times as fast as with the whole head on the last rank. Goal: the same "
+        title="1F1B of arXiv:2411.05288, table 5: times as fast as with the whole head on the last rank. Goal: same "
         f"direction, within {GAIN:.0%}",
         box=box.MARKDOWN,
         title_justify="left",

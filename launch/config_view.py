@@ -73,7 +73,10 @@ def _key_schema(key: Key) -> dict[str, Any]:
     if sizes or key.optional:
         schema["type"] = [schema["type"], *sizes, *(["null"] if key.optional else [])]
     if key.choices:
-        schema["enum"] = [*key.choices, *([None] if key.optional else [])]
+        # In YAML a word such as 2 is a number; the loader reads it as text where text is wanted.
+        numbers = [int(choice) for choice in key.choices if key.type is str and choice.isdecimal()]
+        schema["type"] = ["string", "integer"] if numbers else schema["type"]
+        schema["enum"] = [*key.choices, *numbers, *([None] if key.optional else [])]
     schema["default"] = list(key.default) if isinstance(key.default, tuple) else key.default
     return schema
 

@@ -14,19 +14,16 @@ import hashlib
 import json
 import math
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
-from itertools import product
 from typing import Any
 
 from windlass.dist.cluster import ClusterConfig
 from windlass.dist.errors import ModelError, PlanError
 from windlass.dist.mesh import Mesh, plan_mesh
-from windlass.launch.job import JobConfig, value_at
+from windlass.launch.job import JobConfig
 from windlass.model.build import build_model
 from windlass.model.flops import flops_per_token
 from windlass.model.protocol import BlockModel
-from windlass.parallel.activation import ActivationConfig
 from windlass.parallel.footprint import Footprint, hold, measure_footprint
 from windlass.parallel.memory import MODEL_STATES, Transfer, plan_traffic, scratch_bytes, state_bytes
 from windlass.parallel.pipeline.model_costs import model_costs
@@ -39,7 +36,6 @@ FITS, DOES_NOT_FIT, UNKNOWN = "fits", "does not fit", "unknown"
 USABLE = 0.95  # of a device's memory; the rest goes to fragments of the allocator
 # What a process holds before the first tensor: torch and its libraries, on a GPU also the CUDA context.
 RUNTIME_BYTES = {"cpu": 450 * 2**20, "cuda": 600 * 2**20}
-MAX_DOUBLINGS = 8  # of the number of ranks, when looking for a change that fits
 TOKEN_BYTES = 4 * 8  # token, position, document and label, each int64
 VOCABULARY = -1  # the place of a vocabulary shard's gathers in `plan_traffic`
 
@@ -291,67 +287,9 @@ def make_plan(
     return Planner(config).plan(config, world_size, cluster, device, activations=activations)
 
 
-@dataclass(frozen=True)
-class Change:
-    """A change of a job after which it fits."""
-
-    overrides: list[str]
-    world_size: int
-    plan: Plan
-
-
-def nearest_change(
-    config: JobConfig, world_size: int, cluster: ClusterConfig, device: str | None = None
-) -> Change | None:
-    """Return the change that disturbs a job the least and makes it fit, or None if none of those tried does.
-
-    Order: a higher stage, then recomputation, then a smaller micro-batch at the same batch per step, then more ranks.
-    """
-    planner = Planner(config)
-    for overrides, variant, ranks in _variants(config, world_size):
-        try:
-            plan = planner.plan(variant, ranks, cluster, device)
-        except PlanError:  # a pipeline of which no stage cut fits
-            continue
-        if plan.verdict == FITS:
-            return Change(overrides, ranks, plan)
-    return None
-
-
-def _variants(config: JobConfig, world_size: int) -> Iterator[tuple[list[str], JobConfig, int]]:
-    train = config.train
-    divisors = [n for n in range(train.micro_batch, 0, -1) if train.micro_batch % n == 0]
-    policies = [config.activation, ActivationConfig(policy="recompute")]
-    for ranks in (world_size * 2**k for k in range(MAX_DOUBLINGS + 1)):
-        data_ranks = ranks // config.parallelism.pp
-        batch = train.global_batch or train.micro_batch * data_ranks
-        parallelism = config.parallelism if ranks == world_size else replace(config.parallelism, dp_shard=-1)
-        for size, activation in product(divisors, policies[: 1 + (policies[0] != policies[1])]):
-            if batch % (size * data_ranks):
-                continue
-            for stage in range(config.zero.stage, 4) if data_ranks > 1 else (config.zero.stage,):
-                fixed_batch = train.global_batch if size == train.micro_batch else batch
-                variant = replace(
-                    config,
-                    zero=replace(config.zero, stage=stage),
-                    activation=activation,
-                    train=replace(train, micro_batch=size, global_batch=fixed_batch),
-                    parallelism=parallelism,
-                )
-                yield _overrides(config, variant), variant, ranks
-
-
-def _overrides(config: JobConfig, variant: JobConfig) -> list[str]:
-    """Say on the command line what a variant changes."""
-    keys = (
-        "zero.stage",
-        "activation.policy",
-        "activation.every",
-        "train.micro_batch",
-        "train.global_batch",
-        "parallelism.dp_shard",
-    )
-    return [f"{key}={value_at(variant, key)}" for key in keys if value_at(variant, key) != value_at(config, key)]
+def planned_ranks(config: JobConfig, world: int = 0) -> int:
+    """Return for how many ranks a job is planned: those asked for, all devices of its cluster, or its own workers."""
+    return world or config.cluster.nodes * config.cluster.devices_per_node or config.launch.workers
 
 
 def _num_shards(config: JobConfig, mesh: Mesh) -> int:

@@ -8,7 +8,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from windlass.launch.plan import DOES_NOT_FIT, FITS, Change, Plan
+from windlass.launch.nearest import Change
+from windlass.launch.plan import DOES_NOT_FIT, FITS, Plan
 from windlass.parallel.memory import MODEL_STATES
 
 MEANING = {
@@ -21,7 +22,7 @@ MEANING = {
     "grad_slot": "gradients of whole units under reduction",
     "gather": "gathered parameters of whole units",
     "update": "one unit's gradient in the format of the master",
-    "activation": "kept from forward to backward, one micro-batch",
+    "activation": "kept from forward to backward, all micro-batches in flight",
     "workspace": "logits, gradients and recomputed activations in flight",
     "context": "attention masks and position tables",
     "batch": "token ids waiting to be used",
@@ -69,6 +70,9 @@ def print_plan(plan: Plan, *, change: Change | None = None, console: Console | N
         f"A step: {plan.sequences_per_step:,} sequences, {plan.tokens_per_step:,} tokens, "
         f"{plan.num_micro_batches} micro-batch(es) per rank"
     )
+    if plan.pipeline is not None:
+        console.print(f"Pipeline: [bold]{plan.pipeline.label}[/]: {plan.pipeline.why}")
+        console.print(_ranks_table(plan))
     console.print(_memory_table(plan))
     if plan.traffic:
         console.print(_traffic_table(plan))
@@ -94,8 +98,9 @@ def verdict_line(plan: Plan) -> str:
             f"[{color}]Verdict: {plan.verdict}[/]: needs {need} per rank; the memory of the cluster is not known. "
             "Give cluster.device_bytes (or cluster.host_bytes), or --cluster FILE."
         )
+    which = "all hold the same" if plan.pipeline is None else "the fullest"
     return (
-        f"[{color}]Verdict: {plan.verdict}[/]: rank {plan.worst_rank} (all hold the same) needs {need} of "
+        f"[{color}]Verdict: {plan.verdict}[/]: rank {plan.worst_rank} ({which}) needs {need} of "
         f"{show_bytes(plan.capacity_bytes)}."
     )
 
@@ -110,8 +115,25 @@ def _change_line(plan: Plan, change: Change | None) -> str:
     )
 
 
+def _ranks_table(plan: Plan) -> Table:
+    table = Table(title="Pipeline ranks", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("rank")
+    table.add_column("blocks")
+    for name in ("vocabulary rows", "parameters", "model states", "total", "in flight", "idle"):
+        table.add_column(name, justify="right")
+    for number, rank in enumerate(plan.ranks):
+        blocks = ", ".join(f"{first}-{last - 1}" if last > first + 1 else str(first) for first, last in rank.stages)
+        low, high = rank.vocabulary or (0, 0)
+        rows = f"{low}-{high - 1} ({high - low})" if high > low else "none" if rank.vocabulary else "with the stages"
+        states = sum(n for name, n in rank.bytes.items() if name in MODEL_STATES)
+        sizes = (show_count(rank.num_parameters), show_bytes(states), show_bytes(sum(rank.bytes.values())))
+        table.add_row(str(number), blocks, rows, *sizes, f"{rank.in_flight:g}", f"{rank.idle:.1%}")
+    return table
+
+
 def _memory_table(plan: Plan) -> Table:
-    table = Table(title="Memory of one rank", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    title = "Memory of one rank" if plan.pipeline is None else f"Memory of rank {plan.worst_rank}, the fullest"
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("tier")
     table.add_column("state")
     table.add_column("bytes", justify="right")
@@ -135,7 +157,8 @@ def _memory_table(plan: Plan) -> Table:
 
 
 def _traffic_table(plan: Plan) -> Table:
-    title = "Communication of one rank per step (elements of full tensors; an all-reduce counts twice)"
+    which = "one rank" if plan.pipeline is None else f"rank {plan.worst_rank}"
+    title = f"Communication of {which} per step (elements of full tensors; an all-reduce counts twice)"
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     for name in ("group", "collective", "of"):
         table.add_column(name)

@@ -245,6 +245,9 @@ def compare_with_transformers(export: Path, run_folder: Path) -> tuple[float, st
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils.logging import disable_progress_bar
 
+    from windlass.data.batch import IGNORE, Batch
+    from windlass.launch.evaluate import hidden_states, load_checkpoint
+
     disable_progress_bar()
     print(f"transformers.AutoModelForCausalLM.from_pretrained('{export}')", flush=True)
     theirs = AutoModelForCausalLM.from_pretrained(str(export), dtype=torch.float32).eval()
@@ -253,7 +256,10 @@ def compare_with_transformers(export: Path, run_folder: Path) -> tuple[float, st
     ids = torch.tensor([tokenizer(prompt)["input_ids"]])
     with torch.no_grad():
         wanted = theirs(ids).logits
-        ours = checkpoint_logits(run_folder, ids)
+        positions = torch.arange(ids.shape[1])[None]
+        rows = Batch(ids, positions, torch.zeros_like(positions), torch.full_like(ids, IGNORE), torch.zeros(1))
+        model, _, _ = load_checkpoint(run_folder)
+        ours = cast(Any, model.head).logits(hidden_states(model, rows))
         torch.manual_seed(0)
         sampling = {"do_sample": True, "top_k": 40, "temperature": 0.8, "repetition_penalty": 1.2, "max_new_tokens": 48}
         ids = theirs.generate(ids, attention_mask=torch.ones_like(ids), **sampling)
@@ -264,27 +270,3 @@ def compare_with_transformers(export: Path, run_folder: Path) -> tuple[float, st
         )
     written = str(tokenizer.decode(ids[0], skip_special_tokens=True))
     return difference, "\n".join(line for line in written.splitlines() if line.strip())
-
-
-def checkpoint_logits(run_folder: Path, ids: Any) -> Any:
-    """Return the logits of the run's newest checkpoint, through Windlass's own reader and decoder."""
-    import torch
-
-    from windlass.checkpoint.reader import CheckpointReader
-    from windlass.checkpoint.store import find_checkpoint
-    from windlass.model.build import build_model, materialise
-    from windlass.model.config import ModelConfig
-
-    with CheckpointReader(find_checkpoint(run_folder)) as reader:
-        model = build_model(ModelConfig(**reader.manifest.extra["model"]))
-
-        def fill(name: str, start: int, stop: int, out: torch.Tensor) -> None:
-            out.copy_(reader.read(f"model.{name}").flatten()[start:stop])
-
-        materialise(model, fill, torch.float32)
-    positions = torch.arange(ids.shape[1])[None]
-    context = model.context(positions, torch.zeros_like(positions), torch.float32)
-    h = model.embed(ids, context)
-    for block in model.blocks:
-        h = block(h, context)
-    return cast(Any, model.head).logits(h)

@@ -66,10 +66,11 @@ def versions() -> dict[str, str]:
 
 
 def layout_of(config: JobConfig, world_size: int) -> dict[str, Any]:
-    """Return how state was cut and computed; free to differ on resume."""
+    """Return how state was cut and what was computed with it; free to differ on resume."""
     return {
         "world size": world_size,
         "zero.stage": config.zero.stage,
+        "parallelism.pp": config.parallelism.pp,
         "parallelism.dp_replicate": config.parallelism.dp_replicate,
         "precision.param": config.precision.param,
         "train.micro_batch": config.train.micro_batch,
@@ -77,6 +78,7 @@ def layout_of(config: JobConfig, world_size: int) -> dict[str, Any]:
         "optimizer.name": config.optimizer.name,
         "optimizer.lr": config.optimizer.lr,
         "lr_scheduler.kind": config.lr_scheduler.kind,
+        **{f"loss.{key}": value for key, value in asdict(config.loss).items()},
     }
 
 

@@ -101,6 +101,28 @@ def write_atomically(path: Path, text: str) -> None:
         raise
 
 
+def recorded_timelines(folder: RunFolder) -> list[Path]:
+    """Return the newest timelines of the profiler, one of every pipeline rank: of its first data-parallel rank.
+
+    Raises: ConfigError if the folder is not one of a run, or not every rank was recorded
+    """
+    try:
+        mesh = json.loads(folder.plan.read_text(encoding="utf-8"))["mesh"]
+    except (OSError, ValueError, KeyError) as error:
+        raise ConfigError(f"'{folder.root}': no plan.json that can be read. Give the folder of a run.") from error
+    beside = mesh["dp_replicate"] * mesh["dp_shard"]
+    paths = []
+    for rank in range(0, mesh["pp"] * beside, beside):
+        found = list(folder.traces.glob(f"timeline_rank{rank}_step*.json.gz"))
+        if not found:
+            raise ConfigError(
+                f"'{folder.traces}': no timeline of rank {rank}. Record one: train with profiler.start_step=5 and "
+                "profiler.all_ranks=true."
+            )
+        paths.append(max(found, key=lambda path: int(path.name.split("_step")[1].split(".")[0])))
+    return paths
+
+
 @final
 class RunLock:
     """The right to write into a run folder, held until `release`, the end of the block or of the process.

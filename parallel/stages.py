@@ -55,7 +55,7 @@ def build_runner(
     """
     layout, rank = schedule.layout, list(ranks).index(comm.rank)
     pipelined = layout.num_ranks > 1
-    channels = Channels(comm, ranks, bool(layout.vocab), device)
+    channels = Channels(comm, ranks, layout, device)
     resharding = zero.resharding(pipelined)
     scheduled = zero.lowering(pipelined)["gather"] != "none"
     split = any(action.kind in SPLIT_KINDS for row in schedule.ranks for action in row)

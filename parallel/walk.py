@@ -126,9 +126,7 @@ class Walk:
         return h
 
     @torch.no_grad()
-    def evaluate(
-        self, h: torch.Tensor | None, batch: Batch, context: Any, *, per_token: bool = False
-    ) -> torch.Tensor:
+    def evaluate(self, h: torch.Tensor | None, batch: Batch, context: Any, *, per_token: bool = False) -> torch.Tensor:
         """Run one micro-batch forwards without gradients and forget it.
 
         `per_token`: a head returns the log-probability of every label, logp_BT, instead of the loss sum.
@@ -157,7 +155,7 @@ class Walk:
                 self._recompute(step, saved, self._under_way[number])
                 self._drop(step, keep=False)
 
-    def backward(self, number: int, gradient: torch.Tensor, *, complete: bool) -> torch.Tensor | None:
+    def both_gradients(self, number: int, gradient: torch.Tensor, *, complete: bool) -> torch.Tensor | None:
         """Run micro-batch `number` backwards; return the gradient of the stage's input where it is wanted.
 
         `complete` says that the gradients gathered up so far may be reduced.

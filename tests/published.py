@@ -4,8 +4,10 @@ Source:  Yeung et al. 2024, arXiv:2411.05288: 1F1B with micro-batches of one seq
          8 GPUs: settings and figures of the artifact in github.com/sail-sg/VocabularyParallelism (full-exp.txt).
          32 GPUs: figures of table 5, whose model is given as 21B. 64 layers of width 5120 are derived: the 4B model is
          32 layers of 3072, and 12 * 64 * 5120^2 = 20.1B parameters without the vocabulary.
+         V-Half, table 6: only the smallest and the largest gain are given here, from the paper's summary.
 Assumed: every part runs at one FLOP rate, so that only ratios of FLOPs count (table 4); 10 us and 20 GB/s between
          ranks. The slowdown of cut matrices (table 3) is left out, so that gains at 32 GPUs are on the high side.
+         The models of table 6: one layer per stage and the widths that make 7B, 16B and 30B parameters.
 """
 
 from __future__ import annotations
@@ -16,7 +18,6 @@ from functools import cache
 from windlass.parallel.pipeline.builders import build
 from windlass.parallel.pipeline.costs import Costs, transformer_parts
 from windlass.parallel.pipeline.passes import lower
-from windlass.parallel.pipeline.schedule import Layout
 from windlass.parallel.pipeline.simulate import simulate
 
 NUM_MICRO_BATCHES = 128
@@ -26,6 +27,8 @@ FLOPS_PER_S = 0.6 * 312e12
 @dataclass(frozen=True)
 class Published:
     """A model, a pipeline, and the percentage of peak FLOPs by vocabulary: (whole head on one rank, algorithm 1, 2)."""
+
+    schedule: str
 
     num_ranks: int
     layers: int
@@ -39,6 +42,7 @@ class Published:
 
 
 ONE_NODE = Published(
+    schedule="1f1b",
     num_ranks=8,
     layers=32,
     hidden=3072,
@@ -51,6 +55,7 @@ ONE_NODE = Published(
     ),
 )
 FOUR_NODES = Published(
+    schedule="1f1b",
     num_ranks=32,
     layers=64,
     hidden=5120,
@@ -62,6 +67,13 @@ FOUR_NODES = Published(
         (256_000, (20.9, 46.1, 46.2)),
     ),
 )
+# V-Half with algorithm 1 against V-Half without, over all cells of table 6: the smallest and the largest gain.
+V_HALF_RANGE = (1.072, 2.43)
+V_HALF = tuple(
+    Published("vhalf", num_ranks, layers, hidden, sequence, mfu=())
+    for num_ranks, layers, hidden in ((16, 32, 4096), (24, 48, 5120), (32, 64, 6144))
+    for sequence in (2048, 4096)
+)
 
 
 def simulated_gain(case: Published, vocab: int, algorithm: int) -> float:
@@ -71,13 +83,13 @@ def simulated_gain(case: Published, vocab: int, algorithm: int) -> float:
 
 @cache
 def _step_s(case: Published, vocab: int, algorithm: int) -> float:
-    layout = Layout(case.num_ranks, tuple(range(case.num_ranks)), algorithm)
+    layout = build(case.schedule, case.num_ranks, 1, vocab=algorithm).layout
     block, head, embedding = transformer_parts(
         hidden=case.hidden, sequence=case.sequence, vocab=vocab, flops_per_s=FLOPS_PER_S
     )
     costs = Costs.from_parts(
         layout,
-        [block * (case.layers / case.num_ranks)] * case.num_ranks,
+        [block * (case.layers / layout.num_stages)] * layout.num_stages,
         head=head,
         embedding=embedding,
         hidden_bytes=2.0 * case.sequence * case.hidden,
@@ -85,5 +97,5 @@ def _step_s(case: Published, vocab: int, algorithm: int) -> float:
         latency_s=10e-6,
         bytes_per_s=20e9,
     )
-    schedule = build("1f1b", case.num_ranks, NUM_MICRO_BATCHES, vocab=algorithm, costs=costs)
+    schedule = build(case.schedule, case.num_ranks, NUM_MICRO_BATCHES, vocab=algorithm, costs=costs)
     return simulate(lower(schedule), costs).total_s

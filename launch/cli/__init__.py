@@ -14,7 +14,7 @@ import typer
 
 import windlass
 from windlass.dist.errors import WindlassError
-from windlass.launch.cli import checkpoint, config, data, doctor, plan, quickstart, train
+from windlass.launch.cli import checkpoint, config, data, doctor, draw, evaluate, plan, quickstart, train
 
 HELP = """Train models far larger than device memory, on one GPU or a cluster, without losing work.
 
@@ -27,6 +27,8 @@ Examples:
     windlass data prepare texts/ --out tokens/
 
     windlass plan quickstart zero.stage=3
+
+    windlass draw pipeline-vocab
 
     windlass train job.yaml launch.workers=2 train.steps=100
 """
@@ -53,8 +55,10 @@ def _options(
 
 train.register(app)
 plan.register(app)
+draw.register(app)
 doctor.register(app)
 quickstart.register(app)
+evaluate.register(app)
 app.add_typer(config.app, name="config")
 app.add_typer(data.app, name="data")
 app.add_typer(checkpoint.app, name="checkpoint")

@@ -49,17 +49,18 @@ def plan(
 
     from windlass.launch.check import check_job
     from windlass.launch.config import load_dataclass, load_job
-    from windlass.launch.plan import DOES_NOT_FIT, Planner, nearest_change
+    from windlass.launch.nearest import nearest_change
+    from windlass.launch.plan import DOES_NOT_FIT, Planner, planned_ranks
     from windlass.launch.plan_view import print_plan, print_stages
 
     loaded = load_job(job, ctx.args)
     config = loaded.config
     if cluster is not None:
         config = replace(config, cluster=load_dataclass(cluster, "cluster"))
-    devices = config.cluster.nodes * config.cluster.devices_per_node
-    world_size = world or devices or config.launch.workers
+    world_size = planned_ranks(config, world)
     check_job(loaded, world_size, to_run=False)
-    facts, device = (config.cluster, None) if world or devices else _complete(config)
+    known = world or config.cluster.nodes * config.cluster.devices_per_node
+    facts, device = (config.cluster, None) if known else _complete(config)
     planner = Planner(config)
     if stages:
         variants = {stage: replace(config, zero=replace(config.zero, stage=stage)) for stage in range(4)}

@@ -114,13 +114,13 @@ def svg(timeline: Timeline, title: str, unit: str = "") -> str:
         parts.append(_text(LEFT + width + 10, y + BOX / 2 + 4, _facts(timeline, rank), "start", "#333"))
         y += height + ROW_GAP
     parts += _axis(total, scale, y, unit)
-    whole = LEFT + width + RIGHT
+    whole = math.ceil(LEFT + width + RIGHT)
     legend, y = _legend(timeline, y + 46, whole)
     parts += legend
-    tall = y + 16
+    tall = math.ceil(y + 16)
     head = (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {whole:.0f} {tall:.0f}" width="{whole:.0f}" '
-        f'height="{tall:.0f}" font-family="system-ui, -apple-system, Segoe UI, sans-serif" font-size="11">'
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {whole} {tall}" width="{whole}" '
+        f'height="{tall}" font-family="system-ui, -apple-system, Segoe UI, sans-serif" font-size="11">'
     )
     background = _rect(0, 0, whole, tall, "#ffffff")
     caption = f'<text x="{LEFT}" y="24" font-size="15" font-weight="600" fill="#222">{escape(title)}</text>'

@@ -29,10 +29,12 @@ def unit_of(action: Action) -> tuple[int, str]:
 
 
 def uses_parameters(action: Action) -> bool:
+    """Return whether a compute action needs its unit's parameters gathered."""
     return action.kind in STAGE_USES or action.kind in VOCAB_USES
 
 
 def makes_gradients(action: Action) -> bool:
+    """Return whether a compute action adds to its unit's gradients."""
     return action.kind in STAGE_GRADIENTS or action.kind in VOCAB_GRADIENTS
 
 

@@ -42,7 +42,7 @@ def plan_pipeline(
     """Plan the pipeline of a model.
 
     Without `costs` all blocks are alike and head and embedding cost next to nothing. `vocab_problem` says why the
-    vocabulary of this model cannot be cut, `sequences` how many of them all data-parallel ranks have in one micro-batch.
+    vocabulary of this model cannot be cut, `sequences` how many of them one micro-batch of all data-parallel ranks has.
     Raises: PlanError for whatever cannot work, naming the value that would
     """
     if num_ranks > num_blocks:
@@ -94,11 +94,9 @@ def _reason(best: PipelinePlan, fitting: Sequence[PipelinePlan], num_choices: in
     """Say in one sentence why this plan was taken."""
     simplest, seconds = fitting[0], best.seconds(num_micro_batches)
     shorter = sum(plan.seconds(num_micro_batches) < seconds for plan in fitting)
-    why = f"{_label(best)} has the shortest simulated step of {num_choices} choices"
+    why = f"shortest simulated step of {num_choices} choices"
     if shorter:
-        why = (
-            f"{_label(best)} takes the least memory of those within 2% of the shortest of {num_choices} simulated steps"
-        )
+        why = f"least memory of those within 2% of the shortest of {num_choices} simulated steps"
     if len(fitting) < num_choices:
         why += f", {len(fitting)} of which fit"
     if best is simplest:
@@ -107,12 +105,7 @@ def _reason(best: PipelinePlan, fitting: Sequence[PipelinePlan], num_choices: in
     lighter = 1 - max(best.peak_bytes) / max(simplest.peak_bytes)
     speed = f"{abs(faster):.0%} {'faster' if faster >= 0 else 'slower'}"
     memory = f"{abs(lighter):.0%} {'less' if lighter > 0 else 'more'}" if round(lighter, 2) else "the same"
-    return f"{why}: {speed} than {_label(simplest)}, with {memory} memory on the fullest rank"
-
-
-def _label(plan: PipelinePlan) -> str:
-    vocab = plan.schedule.layout.vocab
-    return f"{plan.schedule.name} " + (f"with vocabulary algorithm {vocab}" if vocab else "without vocabulary passes")
+    return f"{why}: {speed} than {simplest.label}, with {memory} memory on the fullest rank"
 
 
 def _too_big(job: PipelineJob, plans: Sequence[PipelinePlan]) -> str:
@@ -123,7 +116,7 @@ def _too_big(job: PipelineJob, plans: Sequence[PipelinePlan]) -> str:
     blocks = sum(least.blocks[stage][1] - least.blocks[stage][0] for stage in least.schedule.layout.stages_of(rank))
     text = (
         f"pipeline rank {rank} with {blocks} blocks does not fit: it needs about {most / 1e9:.3g} GB under "
-        f"{_label(least)}, and may use {job.costs.limit_bytes / 1e9:.3g} GB. Use "
+        f"{least.label}, and may use {job.costs.limit_bytes / 1e9:.3g} GB. Use "
     )
     config, lowering = job.config, job.lowering | {"recompute": True}
     open_again = {"schedule": "auto"} if config.vocab == "auto" else {"schedule": "auto", "vocab": "auto"}

@@ -47,6 +47,14 @@ class PipelinePlan:
         return self.schedule.layout.num_ranks
 
     @property
+    def label(self) -> str:
+        """Say which schedule it is, in words."""
+        vocab = self.schedule.layout.vocab
+        return f"{self.schedule.name} " + (
+            f"with vocabulary algorithm {vocab}" if vocab else "without vocabulary passes"
+        )
+
+    @property
     def mean_idle(self) -> float:
         return sum(self.idle) / len(self.idle)
 
@@ -86,7 +94,7 @@ class PipelinePlan:
             "blocks": [list(span) for span in self.blocks],
             "vocabulary": [[shard.low, shard.high, shard.padded] for shard in self.shards],
             "vocab_chunk": self.vocab_chunk,
-            "why": self.why,
+            "why": f"{self.label}: {self.why}",
             "idle": [round(idle, 4) for idle in self.idle],
             "in_flight": list(self.in_flight),
         }

@@ -82,7 +82,7 @@ def _under_way(actions: Sequence[Action]) -> int:
 
 
 def plan_messages(plan: PipelinePlan, rank: int, itemsize: int) -> list[Transfer]:
-    """Return what a rank receives from the others of its pipeline in one step, if tokens are spread evenly over rows."""
+    """Return what a rank receives from its pipeline in one step, if tokens are spread evenly over rows."""
     layout, sizes, p = plan.schedule.layout, plan.costs.message_bytes, plan.num_ranks
     hidden = sizes["SEND_F"][0]
     counts = Counter(action.kind for action in plan.schedule.ranks[rank])

@@ -102,8 +102,8 @@ class Runner:
         orders = self._now = self._prepare(schedule)
         if len(batches) != schedule.num_micro_batches:
             raise PlanError(
-                f"schedule '{schedule.name}' is for {schedule.num_micro_batches} micro-batches per step, {len(batches)} "
-                f"were given. Give it {schedule.num_micro_batches}, or plan for {len(batches)}"
+                f"schedule '{schedule.name}' is for {schedule.num_micro_batches} micro-batches per step, but "
+                f"{len(batches)} were given. Give it {schedule.num_micro_batches}, or plan for {len(batches)}"
             )
         self._layout = schedule.layout
         self._batches, self._seed, self._gradients, self._per_token = batches, seed, gradients, per_token
@@ -120,6 +120,7 @@ class Runner:
                 self._do[action.kind](action)
             for number in orders.last_of.get(position, ()):
                 self._contexts.pop(number, None)
+        self._channels.settle()
         if self._vocabulary is not None and self._rank == self._layout.head_rank:
             return self._vocabulary.log_probs() if per_token else self._vocabulary.losses()
         return [self._losses[number] for number in sorted(self._losses)]
@@ -174,7 +175,7 @@ class Runner:
         else:
             gradient = torch.full_like(self._losses[number], self._seed)
         if action.kind == "B":
-            below = walk.backward(number, gradient, complete=action in self._now.completing)
+            below = walk.both_gradients(number, gradient, complete=action in self._now.completing)
         else:
             below = walk.input_gradient(number, gradient)
         if stage > 0:

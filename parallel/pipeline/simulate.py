@@ -233,6 +233,6 @@ def deadlock(run: Run) -> str:
     owner = run.rank_of[earlier]
     return (
         f"schedule '{graph.schedule.name}' never ends: rank {circle[0][0]} waits in {story}. "
-        f"{names[earlier]}, with what it needs, must come before {names[run.place[owner]]} on rank {owner}. What ran until there:\n"
-        f"{text_grid(run.timeline())}"
+        f"{names[earlier]}, with what it needs, must come before {names[run.place[owner]]} on rank {owner}. "
+        f"What ran until there:\n{text_grid(run.timeline())}"
     )

@@ -35,10 +35,6 @@ class Timeline:
     peak_in_flight: tuple[int, ...]
     peak_bytes: tuple[float, ...] = ()
 
-    @property
-    def num_ranks(self) -> int:
-        return len(self.spans)
-
     @classmethod
     def of(cls, name: str, ranks: Iterable[Sequence[Span]], peak_bytes: tuple[float, ...] = ()) -> Timeline:
         """Sort the spans of every rank into lanes and derive the figures; the step ends with its last span."""

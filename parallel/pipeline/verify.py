@@ -168,9 +168,9 @@ def _check_collective_order(schedule: Schedule) -> None:
         for action in row:
             if action.kind in VOCAB_COLLECTIVES:
                 orders[action.kind][rank].append(action)
-    for rows in orders.values():
-        for rank, row in enumerate(rows):
-            for here, first in zip(row, rows[0], strict=True):
+    for order in orders.values():
+        for rank, taken in enumerate(order):
+            for here, first in zip(taken, order[0], strict=True):
                 if here.number != first.number:
                     _fail(
                         schedule,

@@ -176,13 +176,19 @@ def test_every_schedule_works_over_process_groups() -> None:
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_pipelines_combine_with_zero_over_data_parallel_columns(stage: int) -> None:
-    resharding = ("run", "each", "never") if stage == 3 else ("auto",)
-    cases = [
-        replace(case, columns=2, zero=ZeroConfig(stage=stage, reshard=reshard))
-        for case in EVERY
-        for reshard in resharding
-    ]
-    check(4, cases)
+    check(4, [replace(case, columns=2, zero=ZeroConfig(stage=stage)) for case in EVERY])
+
+
+def test_every_way_to_gather_gives_the_same_in_pipelines() -> None:
+    cases = [case for case in EVERY if case.schedule in ("1f1b", "vhalf")]
+    ways = [ZeroConfig(stage=3, reshard=reshard) for reshard in ("each", "never")]
+    check(4, [replace(case, columns=2, zero=zero) for case in cases for zero in ways])
+
+
+def test_replicas_of_pipelines_count_once() -> None:
+    cases = [Case("1f1b", vocab, model=replace(GPT2, tie_embeddings=True)) for vocab in ("off", "2")]
+    # Two replicas of shards of one: the group that sums a tied embedding then spans replicas and both its holders.
+    check(4, [replace(c, columns=2, replicate=2, zero=ZeroConfig(stage=stage)) for c in cases for stage in (0, 1, 3)])
 
 
 ALL_LOSSES = LossConfig(label_smoothing=0.1, z_loss=1e-2, softcap=3.0, temperature=1.5)
@@ -198,7 +204,7 @@ def test_losses_frozen_parts_recompute_and_uneven_cuts_hold_in_pipelines() -> No
         {"frozen": ("head",)},
         {"no_labels": True},
         {"pipeline": {"vocab_chunk": 16}},
-        {"optimizer": OptimizerConfig(clip_norm=0.01)},
+        {"optimizer": OptimizerConfig("sgd", clip_norm=0.01, momentum=0.5)},
     ]
     shapes = (("1f1b", "off"), ("zb1p", "1"), ("vhalf", "2"))
     check(2, [Case(s, v, **change) for change in changes for s, v in shapes])

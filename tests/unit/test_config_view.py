@@ -89,6 +89,10 @@ def _numbers(tree: object) -> object:
         ({"cluster": {"device_bytes": "80GB"}}, True),
         ({"cluster": {"device_bytes": "lots"}}, False),
         ({"zero": None}, True),
+        ({"pipeline": {"vocab": 2, "cut": [3, 1], "speeds": [1, 0.5]}}, True),
+        ({"pipeline": {"vocab": "2"}}, True),
+        ({"pipeline": {"vocab": 3}}, False),
+        ({"pipeline": {"cut": ["many"]}}, False),
     ],
 )
 def test_the_schema_accepts_and_refuses_what_the_loader_does(tree: dict, fits: bool, tmp_path: Path) -> None:

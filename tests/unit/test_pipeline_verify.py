@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 
 import pytest
@@ -199,6 +200,8 @@ def test_what_verifies_can_be_simulated_and_what_does_not_can_be_explained(
         verify(changed)
     except PlanError as error:
         assert any(str(action) in str(error) for action in row)
+        if advice := re.search(r"(\S+), with what it needs, must come before (\S+) on rank", str(error)):
+            assert advice[1] != advice[2]
     else:
         timeline = simulate(changed, Costs.uniform(changed.layout, head=1.0, latency_s=0.1))
         assert sum(len(row) for lanes in timeline.spans for row in lanes.values()) == sum(map(len, changed.ranks))

@@ -18,7 +18,8 @@ from windlass.dist.errors import PlanError
 from windlass.launch import cli
 from windlass.launch.config import CONFIGS, load_job
 from windlass.launch.job import JobConfig
-from windlass.launch.plan import DOES_NOT_FIT, FITS, UNKNOWN, Planner, make_plan, nearest_change
+from windlass.launch.nearest import nearest_change
+from windlass.launch.plan import DOES_NOT_FIT, FITS, UNKNOWN, Planner, make_plan
 from windlass.launch.plan_view import show_bytes
 from windlass.model.build import build_model, materialise
 from windlass.model.config import ModelConfig

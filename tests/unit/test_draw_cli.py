@@ -1,0 +1,118 @@
+"""`windlass draw`: pictures of schedules, of jobs, and of what a run recorded."""
+
+from __future__ import annotations
+
+import json
+import xml.etree.ElementTree as ET
+from pathlib import Path
+
+import pytest
+
+from windlass.dist.trace import Tracer
+from windlass.launch import cli
+from windlass.parallel.pipeline.builders import BUILDERS, build
+from windlass.parallel.pipeline.schedule import write_schedule
+
+
+def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
+    with pytest.raises(SystemExit) as left:
+        cli.main(["draw", *arguments])
+    out = capsys.readouterr()
+    return int(left.value.code or 0), out.out, out.err
+
+
+def rows(text: str) -> list[str]:
+    return [line for line in text.splitlines() if line.startswith("rank ")]
+
+
+@pytest.mark.parametrize("name", BUILDERS)
+@pytest.mark.parametrize("vocab", ["0", "2"])
+def test_every_schedule_is_drawn_without_a_job(
+    name: str, vocab: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    path = tmp_path / "step.svg"
+    arguments = ["--builder", name, "--ranks", "2", "--micro-batches", "4", "--vocab", vocab, "--svg", str(path)]
+    code, out, _ = run(capsys, *arguments)
+    assert code == 0 and len(rows(out)) == 2 and f"{name}: 2 ranks, 4 micro-batches" in out
+    assert all("idle" in row and "in flight" in row for row in rows(out))
+    drawn = "".join(ET.parse(path).getroot().itertext())
+    assert "forwards of a stage" in drawn and ("vocabulary algorithm 2" in drawn) == (vocab == "2")
+
+
+def test_a_heavy_head_that_is_not_cut_leaves_the_other_ranks_idle(capsys: pytest.CaptureFixture[str]) -> None:
+    def idle(*arguments: str) -> float:
+        _, out, _ = run(capsys, "--builder", "1f1b", "--micro-batches", "16", "--head", "2", *arguments)
+        return float(out.splitlines()[-2].split("%")[0].split()[-1])
+
+    assert idle("--vocab", "0") > 50 > 20 > idle("--vocab", "2")
+
+
+def test_a_schedule_file_is_drawn_and_a_broken_one_is_explained(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    path = tmp_path / "own.txt"
+    write_schedule(build("zbv", 3, 2), path)
+    code, out, _ = run(capsys, "--builder", str(path))
+    assert code == 0 and len(rows(out)) == 3
+    path.write_text(path.read_text().replace("0F0 ", ""))
+    code, _, err = run(capsys, "--builder", str(path))
+    assert code == 3 and "0F0" in err and "Traceback" not in err
+
+
+def test_a_job_is_drawn_as_it_is_planned(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    path = tmp_path / "step.svg"
+    code, out, _ = run(
+        capsys, "pipeline-vocab", "--pipeline.schedule=1f1b", "train.global_batch=32", "--svg", str(path)
+    )
+    assert code == 0 and "1f1b with vocabulary algorithm 2, 8 micro-batches (as asked for)" in out
+    assert len(rows(out)) == 2 and f"wrote {path}" in out and path.read_text().startswith("<svg")
+    assert "forwards of a block" in path.read_text()
+    code, out, _ = run(capsys, "pretrain-7b", "zero.stage=1", "parallelism.pp=2", "parallelism.dp_shard=4")
+    assert code == 0 and len(rows(out)) == 2 and "of 15 " in out
+
+
+def test_a_job_without_a_pipeline_is_one_stage(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = run(capsys, "quickstart", "launch.workers=1", "train.global_batch=16")
+    assert code == 0 and len(rows(out)) == 1 and "F0" in out and "B1" in out
+
+
+def record(folder: Path, rank: int, step: int) -> None:
+    """Write what the profiler of a run writes for one step of one rank."""
+    tracer = Tracer(enabled=True)
+    with tracer.span(f"step {step}", "step"):
+        for action in (f"{rank}F0", f"{rank}B0"):
+            with tracer.span(action, "compute", action=action):
+                sum(range(20_000))
+    tracer.write_chrome(folder / "traces" / f"timeline_rank{rank}_step{step}.json.gz", rank)
+
+
+def test_what_a_run_recorded_is_drawn_from_its_newest_traces(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    mesh = {"pp": 2, "dp_replicate": 1, "dp_shard": 2}
+    (tmp_path / "plan.json").write_text(json.dumps({"mesh": mesh}))
+    (tmp_path / "traces").mkdir()
+    code, _, err = run(capsys, "--from-trace", str(tmp_path))
+    assert code == 2 and "no timeline of rank 0" in err and "profiler.all_ranks=true" in err
+    for rank in (0, 2):  # the first data-parallel rank of either pipeline rank
+        for step in (5, 12):
+            record(tmp_path, rank, step)
+    path = tmp_path / "step.svg"
+    code, out, _ = run(capsys, "pipeline-vocab", "--from-trace", str(tmp_path), "--svg", str(path))
+    assert code == 0 and len(rows(out)) == 4 and f"{tmp_path}: measured" in out
+    assert "measured" in path.read_text()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ([], "give a JOB, --from-trace RUN, both of these, or --builder NAME"),
+        (["pipeline-vocab", "--builder", "1f1b"], "give a JOB, --from-trace RUN"),
+        (["--builder", "1f1c"], "no schedule '1f1c'"),
+        (["--builder", "1f1b", "--svg", "/no/such/folder/x.svg"], "--svg /no/such/folder/x.svg: No such file"),
+        (["--from-trace", "/no/such/run"], "no plan.json"),
+    ],
+)
+def test_what_cannot_be_drawn_is_one_line(arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]) -> None:
+    code, _, err = run(capsys, *arguments)
+    assert code in (2, 3) and err.count("\n") == 1 and words in err
