@@ -55,14 +55,18 @@ class UnitSummary:
 
 @dataclass(frozen=True)
 class RankSummary:
-    """What one pipeline rank holds and does. Units: bytes on its device by class; `in_flight` in micro-batches."""
+    """What one pipeline rank holds, moves and does.
+
+    Units:  bytes on its device by class of state; `in_flight` micro-batches; `idle` the simulated share of a step
+    """
 
     stages: list[tuple[int, int]]  # blocks [first, last) of each
     vocabulary: tuple[int, int] | None  # rows [low, high); None: not cut
     num_parameters: int
     bytes: dict[str, int]
+    traffic: list[Transfer]
     in_flight: float
-    idle: float  # simulated share of a step
+    idle: float
 
 
 @dataclass(frozen=True)
@@ -70,7 +74,7 @@ class Plan:
     """What was planned. Equal on every rank, compared by `digest` when a run starts.
 
     `ranks` are those of one pipeline, a single one without. All data-parallel ranks beside one of them hold the same,
-    because shards are padded to equal size; `bytes` and `traffic` are those of the worst.
+    because shards are padded to equal size; `bytes` and `traffic` are those of the worst, `worst_rank` in the world.
     Units:  bytes of one rank by tier and class of state; elements and bytes of one training step; seconds at the peak
             rates of the cluster
     """
@@ -84,7 +88,6 @@ class Plan:
     tokens_per_step: int
     num_micro_batches: int
     bytes: dict[str, dict[str, int]]
-    traffic: list[Transfer]
     flops_per_step: float  # of the mean rank
     compute_s: float | None
     comm_s: float | None
@@ -95,6 +98,15 @@ class Plan:
     pipeline: PipelinePlan | None = None  # None: one pipeline rank
     notes: list[str] = field(default_factory=list)
     worst_rank: int = 0
+
+    @property
+    def worst(self) -> RankSummary:
+        """The pipeline rank that holds most."""
+        return max(self.ranks, key=lambda rank: sum(rank.bytes.values()))
+
+    @property
+    def traffic(self) -> list[Transfer]:
+        return self.worst.traffic
 
     @property
     def model_state_bytes(self) -> int:
@@ -108,7 +120,7 @@ class Plan:
     @property
     def elements_per_step(self) -> int:
         """Elements of gradients and parameters that pass through collectives, as the ZeRO paper counts them."""
-        return sum(t.elements for t in self.traffic if t.group in ("shard", "replicate"))
+        return sum(t.elements for t in self.traffic if t.tag in ("param", "grad"))
 
     def as_json(self) -> dict[str, Any]:
         """Return plain data for JSON."""
@@ -147,7 +159,7 @@ class Planner:
         footprint = self._footprint(config) if activations else None
         notes = _notes(config, mesh, pipeline, footprint)
         active = self._activations(config, pipeline, footprint) if isinstance(footprint, Footprint) else None
-        units, ranks, traffics, num_trainable = [], [], [], 0
+        units, ranks, num_trainable = [], [], 0
         for rank in range(mesh.sizes["pp"]):
             share = RankShare.whole(len(self._model.blocks)) if pipeline is None else pipeline.share(rank)
             model_plan = plan_units(self._model, _num_shards(config, mesh), share)
@@ -162,11 +174,11 @@ class Planner:
                     vocabulary=None if share.shard is None else (share.shard.low, share.shard.high),
                     num_parameters=model_plan.numel,
                     bytes=_held_bytes(config, model_plan, device, num_micro_batches) | (active[rank] if active else {}),
+                    traffic=_traffic(config, mesh, model_plan, pipeline, rank),
                     in_flight=1.0 if pipeline is None else pipeline.activations_in_flight(rank),
                     idle=0.0 if pipeline is None else round(pipeline.idle[rank], 4),
                 )
             )
-            traffics.append(_traffic(config, mesh, model_plan, pipeline, rank))
         worst = max(range(len(ranks)), key=lambda rank: sum(ranks[rank].bytes.values()))
         waiting = _waiting_bytes(config, num_micro_batches)
         capacity = _capacity(cluster, world_size, device)
@@ -185,10 +197,9 @@ class Planner:
             tokens_per_step=sequences * train.seq_len,
             num_micro_batches=num_micro_batches,
             bytes={"device": ranks[worst].bytes, "host": {} if device == "cpu" else {"batch": waiting}, "nvme": {}},
-            traffic=traffics[worst],
             flops_per_step=flops,
             compute_s=flops / cluster.device_flops if cluster.device_flops else None,
-            comm_s=_comm_seconds(traffics[worst], cluster, mesh, config.zero.stage),
+            comm_s=_comm_seconds(ranks[worst].traffic, cluster, mesh, config.zero.stage),
             device=device,
             capacity_bytes=capacity,
             verdict=verdict,

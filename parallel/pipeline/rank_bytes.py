@@ -101,12 +101,8 @@ def plan_messages(plan: PipelinePlan, rank: int, itemsize: int) -> list[Transfer
     }
     rows = []
     for kind, size in received.items():
-        num_bytes = int(counts[kind] * size)
-        if num_bytes:
-            elements = num_bytes // itemsize
-            rows.append(
-                Transfer(
-                    "pipeline", "receive", kind.removeprefix("RECV_"), counts[kind], elements, num_bytes, num_bytes
-                )
-            )
+        if num_bytes := int(counts[kind] * size):
+            name = kind.removeprefix("RECV_")
+            found = (counts[kind], num_bytes // itemsize, num_bytes, num_bytes)
+            rows.append(Transfer(f"pp {name}", "receive", f"pipeline {name}", *found))
     return rows

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import weakref
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +16,7 @@ from torch import nn
 
 from windlass.dist.cluster import ClusterConfig
 from windlass.dist.errors import PlanError
+from windlass.dist.mesh import ParallelismConfig
 from windlass.launch import cli
 from windlass.launch.config import CONFIGS, load_job
 from windlass.launch.job import JobConfig
@@ -26,6 +28,8 @@ from windlass.model.config import ModelConfig
 from windlass.parallel.activation import ActivationConfig
 from windlass.parallel.footprint import measure_footprint
 from windlass.parallel.memory import plan_gathers
+from windlass.parallel.pipeline.policy import PipelineConfig
+from windlass.parallel.precision import PrecisionConfig
 from windlass.parallel.units import ALIGN, plan_units
 from windlass.parallel.zero import ZeroConfig
 
@@ -202,6 +206,152 @@ def test_every_shipped_job_plans(path: Path, capsys: pytest.CaptureFixture[str])
     plan = make_plan(config, devices or config.launch.workers, config.cluster)
     assert plan.verdict in (FITS, UNKNOWN) and plan.device_bytes > plan.model_state_bytes > 0
     assert set(plan.bytes) == {"device", "host", "nvme"}
+
+
+# -- pipelines --------------------------------------------------------------------------------------------------------
+
+
+def pipelined(schedule: str = "1f1b", vocab: str = "off", batch: int = 32, **changes: object) -> JobConfig:
+    """Two pipeline ranks; on four ranks and with a batch of 32, eight micro-batches."""
+    changes = {"parallelism": ParallelismConfig(pp=2), "pipeline": PipelineConfig(schedule, vocab)} | changes
+    job = small_job(model=replace(SMALL, num_layers=4), **changes)
+    return replace(job, train=replace(job.train, global_batch=batch))
+
+
+@pytest.mark.parametrize("vocab", ["off", "2"])
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_ranks_of_a_pipeline_share_the_model(vocab: str, tied: bool) -> None:
+    job = pipelined(vocab=vocab)
+    job = replace(job, model=replace(job.model, tie_embeddings=tied))
+    plan, alone = (
+        make_plan(job, 4, UNKNOWN_CLUSTER),
+        make_plan(replace(job, parallelism=ParallelismConfig()), 2, UNKNOWN_CLUSTER),
+    )
+    assert plan.num_parameters == alone.num_parameters == sum(rank.num_parameters for rank in plan.ranks)
+    assert plan.num_trainable == plan.num_parameters and plan.num_micro_batches == alone.num_micro_batches == 8
+    assert [rank.stages for rank in plan.ranks] == [[(0, 2)], [(2, 4)]]
+    assert [rank.vocabulary for rank in plan.ranks] == ([(0, 256), (256, 512)] if vocab == "2" else [None, None])
+    assert (plan.sequences_per_step, plan.tokens_per_step) == (32, 32 * 64)
+    assert plan.flops_per_step == pytest.approx(alone.flops_per_step / 2)
+    assert alone.pipeline is None and len(alone.ranks) == 1 and alone.ranks[0].bytes == alone.bytes["device"]
+
+
+def test_the_fullest_rank_of_a_pipeline_decides() -> None:
+    plan = make_plan(pipelined(), 4, UNKNOWN_CLUSTER)
+    sizes = [sum(rank.bytes.values()) for rank in plan.ranks]
+    assert plan.device_bytes == max(sizes) > min(sizes)
+    assert (
+        plan.worst_rank == 2 * sizes.index(max(sizes)) and plan.traffic == plan.ranks[sizes.index(max(sizes))].traffic
+    )
+    assert make_plan(pipelined(), 4, ClusterConfig(device_bytes=int(max(sizes) / 0.95) + 1)).verdict == FITS
+    assert make_plan(pipelined(), 4, ClusterConfig(device_bytes=max(sizes))).verdict == DOES_NOT_FIT
+
+
+def test_activations_of_a_pipeline_grow_with_what_is_in_flight() -> None:
+    first, last = (rank.bytes["activation"] for rank in make_plan(pipelined(), 4, UNKNOWN_CLUSTER).ranks)
+    alone = make_plan(replace(pipelined(), parallelism=ParallelismConfig()), 2, UNKNOWN_CLUSTER)
+    block = (
+        measure_footprint(build_model(SMALL), ActivationConfig(), micro_batch=2, seq_len=64, dtype=torch.float32)
+        .parts[1]
+        .kept
+    )
+    assert 2 * 2 * block < first < 2.2 * 2 * block  # two blocks of two micro-batches, and messages
+    assert 2 * block < last < alone.bytes["device"]["activation"]
+    gpipe = make_plan(pipelined("gpipe"), 4, UNKNOWN_CLUSTER)
+    assert gpipe.ranks[0].bytes["activation"] > 3 * first
+    assert gpipe.ranks[0].in_flight == 8 and gpipe.ranks[0].bytes["context"] == 8 * alone.bytes["device"]["context"]
+    again = make_plan(pipelined("gpipe", activation=ActivationConfig("recompute")), 4, UNKNOWN_CLUSTER)
+    assert again.ranks[0].bytes["activation"] < 0.5 * gpipe.ranks[0].bytes["activation"]
+
+
+def test_a_chunk_of_the_vocabulary_bounds_the_scores() -> None:
+    whole = pipelined(vocab="2", precision=PrecisionConfig("bf16"))
+    chunked = replace(whole, pipeline=replace(whole.pipeline, vocab_chunk=32))
+    held = [make_plan(job, 4, UNKNOWN_CLUSTER).bytes["device"] for job in (whole, chunked)]
+    assert held[1]["workspace"] < held[0]["workspace"] and held[1]["activation"] < held[0]["activation"]
+
+
+def test_plans_of_pipelines_differ_where_their_actions_do() -> None:
+    one, other = (make_plan(pipelined(name), 4, UNKNOWN_CLUSTER, activations=False) for name in ("1f1b", "gpipe"))
+    assert one.digest() != other.digest()
+    lists = [plan.as_json()["pipeline"]["schedule"]["ranks"] for plan in (one, other)]
+    assert lists[0][0][:3] == ["0F0", "0SEND_F0", "0F1"] and lists[0] != lists[1]
+    json.dumps(one.as_json())
+
+
+def test_a_choice_does_not_depend_on_what_a_machine_detects_about_itself() -> None:
+    job = pipelined("auto", "auto")
+    plans = [
+        make_plan(job, 4, cluster, activations=False)
+        for cluster in (ClusterConfig(), ClusterConfig(device_flops=1e9, device_bytes=10))
+    ]
+    assert plans[0].pipeline == plans[1].pipeline
+
+
+def test_too_few_micro_batches_are_noted_with_a_batch_that_is_enough() -> None:
+    lonely = make_plan(pipelined(batch=4), 4, UNKNOWN_CLUSTER, activations=False)
+    assert lonely.num_micro_batches == 1
+    found = re.match(
+        r"the pipeline is idle for (\d+)% of a step of 1 micro-batch; with train.global_batch=(\d+)", lonely.notes[0]
+    )
+    assert found is not None and int(found[1]) >= 50
+    enough = make_plan(pipelined(batch=int(found[2])), 4, UNKNOWN_CLUSTER, activations=False)
+    assert enough.pipeline is not None and enough.pipeline.mean_idle < 0.1 and enough.notes == ["activations left out"]
+
+
+def test_a_pipeline_that_no_cut_makes_fit_is_refused_by_the_cluster_of_the_job() -> None:
+    job = pipelined(cluster=ClusterConfig(device_bytes=10**9))
+    assert make_plan(job, 4, job.cluster).verdict == FITS
+    with pytest.raises(PlanError, match=r"pipeline rank \d with 2 blocks does not fit"):
+        make_plan(replace(job, cluster=ClusterConfig(device_bytes=650 * 2**20)), 4, UNKNOWN_CLUSTER)
+
+
+def test_the_command_shows_every_pipeline_rank(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = run(capsys, "plan", "pipeline-vocab")
+    assert code == 0 and "vhalf with vocabulary algorithm 2: as asked for" in out and "pp 2 x dp_shard 2" in out
+    table = [line.split() for line in out.splitlines() if "(2048)" in line]
+    assert [row[:5] for row in table] == [["0", "0,", "3", "0-2047", "(2048)"], ["1", "1,", "2", "2048-4095", "(2048)"]]
+    assert all(row[-1].endswith("%") for row in table) and "pipeline STATS" in out
+    code, out, _ = run(capsys, "plan", "pipeline-vocab", "pipeline.vocab=off", "pipeline.schedule=auto", "zero.stage=3")
+    assert (
+        code == 0 and re.search(r"of 5 (choices|simulated steps)", " ".join(out.split())) and "with the stages" in out
+    )
+    code, out, _ = run(capsys, "plan", "pipeline-vocab", "--stages")
+    assert code == 0 and "ZeRO stages" in out
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (
+            ["parallelism.pp=8", "--world", "8"],
+            "4 blocks and every pipeline rank needs one. Use parallelism.pp=4 or less",
+        ),
+        (["pipeline.schedule=zbv", "model.num_layers=3"], "Use pipeline.schedule=gpipe or 1f1b or zb1p"),
+        (["pipeline.cut=[3, 1]"], "vhalf has 4 stages"),
+        (["model.vocab_size=1"], "vocabulary of 1 rows"),
+    ],
+)
+def test_a_pipeline_that_cannot_be_is_one_line(
+    overrides: list[str], words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, _, err = run(capsys, "plan", "pipeline-vocab", *overrides)
+    assert code == PlanError.exit_code and words in err and err.count("\n") == 1
+
+
+def test_a_custom_model_without_the_parts_keeps_its_vocabulary_whole() -> None:
+    model = replace(SMALL, num_layers=4, kind="custom", factory="tests.unit.test_plan:build_plain")
+    job = replace(pipelined("1f1b", "auto"), model=model)
+    plan = make_plan(job, 4, UNKNOWN_CLUSTER, activations=False)
+    assert plan.pipeline is not None and plan.pipeline.schedule.layout.vocab == 0
+    with pytest.raises(PlanError, match=r"no head\.norm.*Use pipeline\.vocab=off"):
+        make_plan(replace(job, pipeline=PipelineConfig("1f1b", "2")), 4, UNKNOWN_CLUSTER, activations=False)
+
+
+def build_plain(config: ModelConfig) -> object:
+    model = build_model(replace(config, kind="decoder", factory=None))
+    del model.head.norm
+    return model
 
 
 # -- activations ------------------------------------------------------------------------------------------------------

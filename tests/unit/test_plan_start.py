@@ -17,6 +17,8 @@ def test_planning_without_activations_imports_no_compiler() -> None:
         "for job in ('quickstart', 'pretrain-125m', 'pretrain-7b'):\n"
         "    config = load_job(job).config\n"
         "    make_plan(config, 64, config.cluster, 'cpu', activations=False)\n"
+        "config = load_job('pipeline-vocab', ['pipeline.schedule=auto', 'pipeline.vocab=auto']).config\n"
+        "make_plan(config, 4, config.cluster, 'cpu', activations=False)\n"
         "print([m for m in ('torch._dynamo', 'sympy') if m in sys.modules])\n"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, cwd=ROOT)

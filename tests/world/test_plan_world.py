@@ -6,16 +6,25 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
+import pytest
+import torch
+
 from tests.harness import run_world
 from tests.parity import reference
+from windlass.data.batch import Batch
 from windlass.dist.comm import Comm
 from windlass.dist.device import pick_device
 from windlass.dist.mesh import ParallelismConfig, plan_mesh
 from windlass.dist.trace import Tracer
+from windlass.launch.job import JobConfig, TrainConfig
+from windlass.launch.plan import make_plan
+from windlass.model.build import build_model
+from windlass.model.config import ModelConfig
 from windlass.parallel.activation import ActivationConfig
 from windlass.parallel.engine import Engine
 from windlass.parallel.memory import plan_traffic, scratch_bytes, state_bytes
 from windlass.parallel.optim import OptimizerConfig
+from windlass.parallel.pipeline.policy import PipelineConfig
 from windlass.parallel.precision import PrecisionConfig
 from windlass.parallel.units import plan_units
 from windlass.parallel.zero import ZeroConfig
@@ -103,3 +112,82 @@ def test_four_ranks_in_two_replicas_hold_and_move_what_was_planned() -> None:
 
 def test_one_rank_moves_nothing() -> None:
     check(1, EVERY_STAGE[::3])
+
+
+# -- pipelines ---------------------------------------------------------------------------------------------------------
+
+LEFT_OUT = ("batch", "runtime", "update")  # nobody books these
+BY_CHANCE = ("pp ROWS", "pp DROWS", "pp DX")  # how many rows there are depends on the tokens
+
+
+def pipeline_job(schedule: str, vocab: str, zero: ZeroConfig, *, tied: bool = False, replicate: int = 1) -> JobConfig:
+    model = ModelConfig(
+        vocab_size=512, hidden_size=64, num_layers=4, num_heads=2, loss_chunk_tokens=64, tie_embeddings=tied
+    )
+    return JobConfig(
+        model=model,
+        train=TrainConfig(seq_len=64, micro_batch=2, global_batch=16, device="cpu"),
+        zero=zero,
+        pipeline=PipelineConfig(schedule=schedule, vocab=vocab),
+        parallelism=ParallelismConfig(pp=2, dp_replicate=replicate),
+    )
+
+
+PIPELINES = [
+    pipeline_job("1f1b", "off", ZeroConfig(1)),
+    pipeline_job("1f1b", "off", ZeroConfig(2), tied=True),
+    pipeline_job("1f1b", "off", ZeroConfig(1), tied=True, replicate=2),
+    pipeline_job("interleaved", "2", ZeroConfig(0)),
+    pipeline_job("vhalf", "2", ZeroConfig(1)),
+    pipeline_job("zbv", "1", ZeroConfig(3)),
+    pipeline_job("1f1b", "2", ZeroConfig(3, "each")),
+    pipeline_job("1f1b", "2", ZeroConfig(3, "never"), tied=True),
+]
+
+
+def random_batch(number: int, vocab_size: int) -> Batch:
+    generator = torch.Generator().manual_seed(number)
+    tokens_BT, labels_BT = torch.randint(0, vocab_size, (2, 2, 64), generator=generator)
+    positions_BT = torch.arange(64).expand(2, 64).contiguous()
+    return Batch(tokens_BT, positions_BT, torch.zeros_like(positions_BT), labels_BT, torch.arange(2))
+
+
+def observe_pipelines(comm: Comm, jobs: list[JobConfig]) -> list[tuple[dict[str, int], list[tuple[Any, ...]]]]:
+    """Train one step of every job; return what was booked and what passed the door in that step."""
+    seen = []
+    for job in jobs:
+        held: Counter[str] = Counter()
+        engine = Engine(
+            build_model(job.model, loss=job.loss),
+            comm=comm,
+            mesh=plan_mesh(job.parallelism, comm.world.size),
+            device=pick_device("cpu"),
+            zero=job.zero,
+            precision=job.precision,
+            activation=job.activation,
+            optimizer=job.optimizer,
+            fill=reference.fill,
+            tracer=Tracer(),
+            account=lambda state, num_bytes, held=held: held.update({state: num_bytes}),
+            pipeline=make_plan(job, comm.world.size, job.cluster, "cpu", activations=False).pipeline,
+        )
+        comm.ledger.clear()
+        engine.train_step([random_batch(i, job.model.vocab_size) for i in range(job.train.num_micro_batches(2))], 1e-3)
+        rows = [(*key, e.calls, e.elements, e.payload_bytes, e.wire_bytes) for key, e in comm.ledger.entries.items()]
+        seen.append((dict(held), sorted(row for row in rows if row[1] != "send")))
+    return seen
+
+
+def test_the_ranks_of_a_pipeline_hold_and_move_what_was_planned() -> None:
+    for rank, results in enumerate(run_world(4, observe_pipelines, PIPELINES)):
+        for job, (held, rows) in zip(PIPELINES, results, strict=True):
+            planned = make_plan(job, 4, job.cluster, "cpu", activations=False).ranks[rank // 2]
+            expected = {k: n for k, n in planned.bytes.items() if n and k not in LEFT_OUT}
+            assert {k: n for k, n in held.items() if n} == expected, job
+            moved = sorted(
+                (t.group, t.kind, t.tag, t.calls, t.elements, t.bytes, t.wire_bytes) for t in planned.traffic
+            )
+            assert [row[:4] for row in moved] == [row[:4] for row in rows], job
+            for plan_row, row in zip(moved, rows, strict=True):
+                assert row[0] in BY_CHANCE or row == plan_row, job
+                assert row[-1] == pytest.approx(plan_row[-1], rel=0.1), job
