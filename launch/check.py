@@ -86,6 +86,8 @@ def check_job(loaded: Loaded, world_size: int, *, to_run: bool = True) -> Mesh:
     _check_unused(loaded)
     if to_run:
         _check_run(loaded)
+        if mesh.sizes["pp"] > 1:
+            _check_pipeline(loaded, world_size)
     return mesh
 
 
@@ -238,6 +240,13 @@ def _check_unused(loaded: Loaded) -> None:
             f"{loaded.at('parallelism.transport')}: shared memory is between CPU ranks. With train.device = 'cuda' use "
             "auto or group."
         )
+
+
+def _check_pipeline(loaded: Loaded, world_size: int) -> None:
+    """Plan the stages once here, so that what cannot work is said before any worker starts."""
+    from windlass.launch.plan import make_plan  # builds the model, so only where there is a pipeline
+
+    make_plan(loaded.config, world_size, loaded.config.cluster, activations=False)
 
 
 def _check_run(loaded: Loaded) -> None:

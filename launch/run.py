@@ -297,9 +297,10 @@ def _worst(by_rank: list[dict[str, int]]) -> dict[str, int]:
 
 
 def _predicted(plan: Plan) -> dict[str, int]:
-    """Return the bytes the plan foresaw for a rank by class of state, over all tiers, and in total."""
-    predicted = {"total": plan.device_bytes}
-    for classes in plan.bytes.values():
+    """Return the bytes the plan foresaw by class of state, each of the rank with most of it, and in total."""
+    tiers = [classes for tier, classes in plan.bytes.items() if tier != "device"]
+    predicted = _worst([rank.bytes for rank in plan.ranks])
+    for classes in tiers:
         for state, num_bytes in classes.items():
             predicted[state] = predicted.get(state, 0) + num_bytes
-    return predicted
+    return {"total": plan.device_bytes, **predicted}

@@ -31,7 +31,7 @@ from windlass.parallel.pipeline.passes import lower
 from windlass.parallel.pipeline.plan import PipelinePlan
 from windlass.parallel.pipeline.schedule import Layout, Schedule
 from windlass.parallel.precision import PrecisionConfig
-from windlass.parallel.stages import build_runner, hidden_width, realise
+from windlass.parallel.stages import build_runner, gathers, hidden_width, realise
 from windlass.parallel.unit import Fill, Unit
 from windlass.parallel.units import ModelPlan, RankShare, plan_units
 from windlass.parallel.zero import UnitBuilder, ZeroConfig
@@ -85,6 +85,8 @@ class Engine:
         rank = self._world.rank
         self._pipeline = pipeline
         self._lowering = zero.lowering(mesh.sizes["pp"] > 1)
+        if pipeline is not None and not gathers(pipeline.schedule):  # a file that leaves gathers to the walk
+            self._lowering["gather"] = "none"
         self._schedules: dict[tuple[int, bool], Schedule] = {}
         column = mesh.ranks_along("pp", rank)
         self._pp_rank = column.index(rank)
@@ -125,7 +127,7 @@ class Engine:
             self.plan,
             share,
             self._units,
-            one_stage(1) if pipeline is None else pipeline.schedule,
+            self._schedule(1, train=True) if pipeline is None else pipeline.schedule,
             shards=() if pipeline is None else pipeline.shards,
             vocab_chunk=0 if pipeline is None else pipeline.vocab_chunk,
             comm=comm,
@@ -157,14 +159,13 @@ class Engine:
         """Return the schedule of a step, or of an evaluation, with that many micro-batches."""
         key = (num_micro_batches, train)
         if key not in self._schedules:
-            if self._pipeline is None:
-                plain = one_stage(num_micro_batches) if train else forward_only(Layout(1, (0,)), num_micro_batches)
-                self._schedules[key] = lower(plain, **self._lowering)
-            elif train:
-                self._schedules[key] = self._pipeline.schedule
+            layout = Layout(1, (0,)) if self._pipeline is None else self._pipeline.schedule.layout
+            if not train:
+                self._schedules[key] = lower(forward_only(layout, num_micro_batches), **self._lowering)
+            elif self._pipeline is None:
+                self._schedules[key] = lower(one_stage(num_micro_batches), **self._lowering)
             else:
-                plain = forward_only(self._pipeline.schedule.layout, num_micro_batches)
-                self._schedules[key] = lower(plain, **self._lowering)
+                self._schedules[key] = self._pipeline.schedule
         return self._schedules[key]
 
     @property

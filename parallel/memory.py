@@ -112,7 +112,7 @@ def plan_gathers(plan: ModelPlan, zero: ZeroConfig, *, pipelined: bool = False) 
         most |= Counter(found.buffers)
     if plan.vocab is not None:  # looked up and scored, and transposed once more
         gathered += [plan.vocab[0], plan.vocab[1], plan.vocab[1]]
-        most |= Counter(plan.units[u].padded for u in set(plan.vocab))
+        most |= Counter({plan.units[u].padded: 1 for u in plan.vocab})  # one after the other
     return Gathers(tuple(gathered), dict(most))
 
 
@@ -177,10 +177,15 @@ def plan_traffic(
             used = [plan.units[u] for place, units in _units_by_place(plan) for u in units * stage_gathers[place]]
         rows.append(_transfer("shard", "gather_into", "param", used, param, num_shards))
     if zero.stage > 0:
-        rows.append(_all_reduces("replicate", "grad", [u.shard_numel for u in trainable], reduce, num_replicas))
+        own = [u.shard_numel for u in trainable if not u.shared]
+        rows.append(_all_reduces("replicate", "grad", own, reduce, num_replicas))
+    # A unit on two pipeline ranks is summed over both and their replicas at once.
+    shared = [u.shard_numel for u in trainable if u.shared]
+    holders = 2 * num_replicas if shared else 1
+    rows.append(_all_reduces("tied", "grad", shared, reduce, holders))
     # Valid tokens (one number), then loss and norm (two), in fp64.
     rows.append(_all_reduces("world", "scalar", [1, 2], 8, world_size))
-    sizes = {"shard": num_shards, "replicate": num_replicas, "world": world_size}
+    sizes = {"shard": num_shards, "replicate": num_replicas, "tied": holders, "world": world_size}
     return [row for row in rows if sizes[row.group] > 1]
 
 

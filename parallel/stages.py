@@ -57,7 +57,7 @@ def build_runner(
     pipelined = layout.num_ranks > 1
     channels = Channels(comm, ranks, layout, device)
     resharding = zero.resharding(pipelined)
-    scheduled = zero.lowering(pipelined)["gather"] != "none"
+    scheduled = gathers(schedule)
     split = any(action.kind in SPLIT_KINDS for row in schedule.ranks for action in row)
     begins = _first_trained(model)
     walks: dict[int, Walk] = {}
@@ -93,6 +93,11 @@ def build_runner(
             return model.context(batch.positions_BT, batch.documents_BT, dtype)
 
     return Runner(rank, walks, channels, vocabulary, context=context, width=width, dtype=dtype, tracer=tracer)
+
+
+def gathers(schedule: Schedule) -> bool:
+    """Return whether the schedule says when parameters are gathered; otherwise the walk does as it needs them."""
+    return any(action.kind in ("GATHER", "VGATHER") for row in schedule.ranks for action in row)
 
 
 def _first_trained(model: BlockModel) -> int:

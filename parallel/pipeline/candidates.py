@@ -6,6 +6,7 @@ Must not know: which of them is best.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -81,11 +82,11 @@ class PipelineJob:
         if asked != "auto":
             if stages[asked] > self.num_blocks:
                 fits = [name for name in BUILDERS if stages[name] <= self.num_blocks]
+                ranks = self.num_blocks * self.num_ranks // stages[asked]
                 raise PlanError(
                     f"pipeline.schedule = '{asked}' needs {stages[asked]} stages on {self.num_ranks} pipeline ranks, "
                     f"but the model has {self.num_blocks} blocks and every stage needs one. Use pipeline.schedule="
-                    f"{' or '.join(fits)}, or parallelism.pp="
-                    f"{self.num_blocks * self.num_ranks // stages[asked]} or less"
+                    f"{' or '.join(fits)}, or parallelism.pp={ranks}{' or less' if ranks > 2 else ''}"
                 )
             return [asked]
         # GPipe takes as long as 1F1B and keeps more activations.
@@ -109,6 +110,16 @@ class PipelineJob:
         if any(algorithms) and self.vocab_problem:
             raise PlanError(self.vocab_problem)
         return algorithms
+
+    def _check_reductions(self, schedule: Schedule, at: str) -> None:
+        counts = Counter((action.place, action.kind) for row in schedule.ranks for action in row)
+        for stage in range(schedule.layout.num_stages):
+            backwards = counts[stage, "B"] + counts[stage, "W"]
+            if counts[stage, "REDUCE"] != backwards:
+                raise PlanError(
+                    f"{at}: reduces stage {stage} {counts[stage, 'REDUCE']} times in {backwards} backwards; with "
+                    "zero.stage = 2 or 3 a REDUCE follows each. Use zero.stage=1, or a file of compute actions only"
+                )
 
     def _from_file(self, name: str) -> Schedule:
         schedule = load_schedule(name)
@@ -134,6 +145,8 @@ class PipelineJob:
             )
         if layout.vocab and self.vocab_problem:
             raise PlanError(self.vocab_problem)
+        if schedule.lowered and self.lowering["reduce"] == "each":
+            self._check_reductions(schedule, at)
         verify(schedule)
         return schedule
 

@@ -119,12 +119,11 @@ def _too_big(job: PipelineJob, plans: Sequence[PipelinePlan]) -> str:
         f"{least.label}, and may use {job.costs.limit_bytes / 1e9:.3g} GB. Use "
     )
     config, lowering = job.config, job.lowering | {"recompute": True}
-    open_again = {"schedule": "auto"} if config.vocab == "auto" else {"schedule": "auto", "vocab": "auto"}
     ways = (
         ("pipeline.cut=[]", replace(job, config=replace(config, cut=[]))),
         (
-            " ".join(f"pipeline.{key}={value}" for key, value in open_again.items()),
-            replace(job, config=replace(config, **open_again)),
+            "pipeline.schedule=auto" + (" pipeline.vocab=auto" if config.vocab != "auto" else ""),
+            replace(job, config=replace(config, schedule="auto", vocab="auto")),
         ),
         ("activation.policy=recompute", replace(job, lowering=lowering)),
     )

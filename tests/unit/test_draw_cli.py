@@ -11,7 +11,10 @@ import pytest
 from windlass.dist.trace import Tracer
 from windlass.launch import cli
 from windlass.parallel.pipeline.builders import BUILDERS, build
+from windlass.parallel.pipeline.costs import Costs
+from windlass.parallel.pipeline.passes import lower
 from windlass.parallel.pipeline.schedule import write_schedule
+from windlass.parallel.pipeline.simulate import simulate
 
 
 def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
@@ -116,3 +119,21 @@ def test_what_a_run_recorded_is_drawn_from_its_newest_traces(
 def test_what_cannot_be_drawn_is_one_line(arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]) -> None:
     code, _, err = run(capsys, *arguments)
     assert code in (2, 3) and err.count("\n") == 1 and words in err
+
+
+@pytest.mark.parametrize("name", BUILDERS)
+def test_the_costs_in_the_documentation_are_those_of_the_simulation(name: str) -> None:
+    text = (Path(__file__).resolve().parents[2] / "docs" / "pipelines.md").read_text()
+    row = next(line for line in text.splitlines() if line.startswith(f"| `{name}` |"))
+    cells = [cell.strip() for cell in row.split("|")[3:-1]]
+
+    def facts(vocab: int, head: float) -> tuple[str, str, str]:
+        layout = build(name, 4, 1, vocab=vocab).layout
+        chunks = layout.num_stages // 4
+        costs = Costs.uniform(layout, head=head * chunks)
+        timeline = simulate(lower(build(name, 4, 16, vocab=vocab, costs=costs)), costs)
+        in_flight = " ".join(f"{held / chunks:g}" for held in timeline.peak_in_flight)
+        return f"{timeline.total_s / chunks:g}", f"{sum(timeline.idle) / 4:.0%}".replace("%", " %"), in_flight
+
+    plain, whole, cut = facts(0, 0.0), facts(0, 1.0), facts(2, 1.0)
+    assert cells == [*plain, whole[0], cut[0], cut[2]]

@@ -190,6 +190,9 @@ def test_a_file_that_does_not_fit_the_job_names_what_would(tmp_path: Path) -> No
     stuck = Schedule("stuck", backwards.layout, 4, tuple(tuple(reversed(row)) for row in backwards.ranks))
     write_schedule(stuck, path)
     assert "rank 0" in told(config)
+    write_schedule(lower(backwards), path)
+    path.write_text(path.read_text().replace("1RECV_F2 ", ""))
+    assert "1RECV_F2" in told(config)
 
 
 # -- what cannot work -------------------------------------------------------------------------------------------------

@@ -136,6 +136,7 @@ def pipeline_job(schedule: str, vocab: str, zero: ZeroConfig, *, tied: bool = Fa
 PIPELINES = [
     pipeline_job("1f1b", "off", ZeroConfig(1)),
     pipeline_job("1f1b", "off", ZeroConfig(2), tied=True),
+    pipeline_job("1f1b", "off", ZeroConfig(0), tied=True),
     pipeline_job("1f1b", "off", ZeroConfig(1), tied=True, replicate=2),
     pipeline_job("interleaved", "2", ZeroConfig(0)),
     pipeline_job("vhalf", "2", ZeroConfig(1)),
