@@ -87,7 +87,7 @@ def check_job(loaded: Loaded, world_size: int, *, to_run: bool = True) -> Mesh:
     if to_run:
         _check_run(loaded)
         if mesh.sizes["pp"] > 1:
-            _check_pipeline(loaded, world_size)
+            _check_stages(loaded, mesh.world_size)
     return mesh
 
 
@@ -242,7 +242,7 @@ def _check_unused(loaded: Loaded) -> None:
         )
 
 
-def _check_pipeline(loaded: Loaded, world_size: int) -> None:
+def _check_stages(loaded: Loaded, world_size: int) -> None:
     """Plan the stages once here, so that what cannot work is said before any worker starts."""
     from windlass.launch.plan import make_plan  # builds the model, so only where there is a pipeline
 
