@@ -11,8 +11,8 @@ et al. 2016, arXiv:1604.06174; of the split backward: Qi et al. 2023, arXiv:2401
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -270,19 +270,18 @@ class Walk:
             for unit in step.units:
                 unit.release()
 
-    @contextmanager
-    def _recording(self, step: Step, saved: _Saved, keep: bool) -> Iterator[None]:
+    def _recording(self, step: Step, saved: _Saved, keep: bool) -> AbstractContextManager[Any]:
         """Record a graph so that gathered buffers can be reused and weight products can wait, where that is wanted."""
-        places: AbstractContextManager[Any] = nullcontext()
-        if keep and step.as_places:
+        if not keep or not (self._split or step.as_places):
+            return nullcontext()
+        recording = ExitStack()
+        if step.as_places:
             where = {unit.ready().untyped_storage().data_ptr(): unit for unit in step.units}
-            places = torch.autograd.graph.saved_tensors_hooks(_packer(where), _unpack)
-        defer: AbstractContextManager[Any] = nullcontext()
-        if keep and self._split:
+            recording.enter_context(torch.autograd.graph.saved_tensors_hooks(_packer(where), _unpack))
+        if self._split:
             parameters = [parameter for unit in step.units for _, parameter in unit.trainable()]
-            defer = DeferProducts(parameters, saved.products)
-        with places, defer:
-            yield
+            recording.enter_context(DeferProducts(parameters, saved.products))
+        return recording
 
 
 @dataclass(frozen=True)
