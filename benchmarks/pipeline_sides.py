@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
-from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -42,6 +41,7 @@ from windlass.parallel.pipeline.action import KINDS, Action
 from windlass.parallel.pipeline.model_costs import model_costs
 from windlass.parallel.pipeline.plan import PipelinePlan, plan_pipeline
 from windlass.parallel.pipeline.policy import PipelineConfig
+from windlass.parallel.pipeline.timeline import without_waits
 from windlass.parallel.precision import PrecisionConfig
 from windlass.parallel.zero import ZeroConfig
 
@@ -172,28 +172,20 @@ def build_windlass(
             "num_actions": len(plan.schedule.ranks[comm.rank]),
             "runner_s": own["forward_backward"],
             "busy_s": own["busy"],
-            "action_s": own_seconds(comm.tracer.events),
+            "action_s": action_seconds(comm.tracer.events),
             "phase_s": {name: statistics.median(p[name] for p in phases) for name in phases[0]} if phases else {},
         }
 
     return PipelineSide(step, lambda: comm.world.barrier(label="benchmark"), comm.close, True, facts)
 
 
-def own_seconds(events: Iterable[Event]) -> dict[str, float]:
-    """Return what each action takes by itself, without waiting for peers: the median over steps.
-
-    Compute actions wait inside their spans, and every wait for a peer is a span of its own on the lane "comm".
-    """
-    spans = [event for event in events if event.phase == "X"]
-    waits = sorted((event.start_s, event.duration_s) for event in spans if event.lane == "comm")
-    starts = [start for start, _ in waits]
+def action_seconds(events: Iterable[Event]) -> dict[str, float]:
+    """Return what each action takes by itself, compute without waiting for peers: the median over steps."""
     taken: defaultdict[str, list[float]] = defaultdict(list)
-    for event in spans:
+    for event, seconds in without_waits(events):
         if "action" in event.args:
-            inside = slice(bisect_left(starts, event.start_s), bisect_left(starts, event.start_s + event.duration_s))
-            waited = sum(duration for _, duration in waits[inside])
             compute = KINDS[Action.parse(event.name).kind].lane == "compute"
-            taken[event.name].append(event.duration_s - waited if compute else event.duration_s)
+            taken[event.name].append(seconds if compute else event.duration_s)
     return {name: statistics.median(seconds) for name, seconds in taken.items()}
 
 

@@ -14,6 +14,8 @@ from collections import defaultdict, deque
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from windlass.dist.errors import DataError
+
 
 class Event(NamedTuple):
     """One thing that happened. Units: seconds of `time.perf_counter`."""
@@ -102,3 +104,23 @@ class Tracer:
         partial = path.with_name(path.name + f".tmp-{os.getpid()}")
         partial.write_bytes(gzip.compress(text.encode(), 4) if path.suffix == ".gz" else text.encode())
         partial.replace(path)
+
+
+def read_chrome(path: Path) -> list[Event]:
+    """Read the spans of a file that `write_chrome` wrote. Units: seconds of the wall clock.
+
+    Raises: DataError if it cannot be read
+    """
+    try:
+        data = path.read_bytes()
+        rows = json.loads(gzip.decompress(data) if path.suffix == ".gz" else data)["traceEvents"]
+        lanes = {row["tid"]: row["args"]["name"] for row in rows if row["ph"] == "M" and row["name"] == "thread_name"}
+        return [
+            Event("X", row["name"], lanes[row["tid"]], row["ts"] / 1e6, row["dur"] / 1e6, row["args"])
+            for row in rows
+            if row["ph"] == "X"
+        ]
+    except (OSError, EOFError, ValueError, KeyError) as error:
+        raise DataError(
+            f"trace {path} cannot be read: {type(error).__name__}: {error}. Record it again with profiler.start_step"
+        ) from error

@@ -145,6 +145,14 @@ def _check_pipeline(loaded: Loaded, mesh: Mesh) -> None:
                 f"{loaded.at(f'pipeline.{key}')}: must be {pp} {words}, one per pipeline rank (parallelism.pp = {pp}), "
                 f"such as {show_value([1.0] * (pp - 1) + [0.5])}."
             )
+    if (
+        pipeline.measured is not None
+        and Path(pipeline.measured).resolve() == Path(loaded.config.train.run_dir).resolve()
+    ):
+        raise ConfigError(
+            f"{loaded.at('pipeline.measured')}: this run writes into that folder. Give one of an earlier run, or "
+            "another train.run_dir."
+        )
     if any(count < 1 for count in pipeline.cut):
         raise ConfigError(f"{loaded.at('pipeline.cut')}: every stage needs a block. Use numbers of 1 or more.")
 

@@ -21,11 +21,13 @@ from windlass.dist.cluster import ClusterConfig
 from windlass.dist.errors import ModelError, PlanError
 from windlass.dist.mesh import Mesh, plan_mesh
 from windlass.launch.job import JobConfig
+from windlass.launch.measured import RecordedRun
 from windlass.model.build import build_model
 from windlass.model.flops import flops_per_token
 from windlass.model.protocol import BlockModel
 from windlass.parallel.footprint import Footprint, hold, measure_footprint
 from windlass.parallel.memory import MODEL_STATES, Transfer, plan_traffic, scratch_bytes, state_bytes
+from windlass.parallel.pipeline.measured_costs import measured_costs
 from windlass.parallel.pipeline.model_costs import model_costs
 from windlass.parallel.pipeline.plan import plan_pipeline
 from windlass.parallel.pipeline.planned import IDLE_GOAL, PipelinePlan
@@ -140,6 +142,7 @@ class Planner:
         self._model = build_model(config.model, loss=config.loss)
         self._flops_per_token = flops_per_token(self._model, config.train.seq_len)
         self._footprints: dict[Any, Footprint | ModelError] = {}
+        self._recorded: dict[str, RecordedRun] = {}
 
     def plan(
         self,
@@ -216,8 +219,8 @@ class Planner:
         be the same on every rank, and the same here as in the run.
         """
         model, train, cluster = self._model, config.train, config.cluster
-        within = cluster.nodes <= 1
         network = cluster.network_bytes_per_s / max(1, cluster.devices_per_node)
+        bytes_per_s = cluster.link_bytes_per_s if cluster.nodes <= 1 else network
         spare = cluster.device_bytes * USABLE - max(RUNTIME_BYTES.values())
         costs = model_costs(
             model,
@@ -229,9 +232,13 @@ class Planner:
             optimizer=config.optimizer,
             num_shards=_num_shards(config, mesh),
             flops_per_s=cluster.device_flops,
-            bytes_per_s=cluster.link_bytes_per_s if within else network,
+            bytes_per_s=bytes_per_s,
             limit_bytes=spare if cluster.device_bytes else math.inf,
         )
+        if config.pipeline.measured is not None:
+            run = self._measured(config.pipeline.measured)
+            run.check(config)
+            costs = measured_costs(costs, run.recorded, bytes_per_s=bytes_per_s)
         return plan_pipeline(
             config.pipeline,
             num_ranks=mesh.sizes["pp"],
@@ -263,6 +270,11 @@ class Planner:
         return [
             {"activation": r.kept, "workspace": r.workspace, "context": r.contexts * footprint.context} for r in ranks
         ]
+
+    def _measured(self, root: str) -> RecordedRun:
+        if root not in self._recorded:
+            self._recorded[root] = RecordedRun.read(root)
+        return self._recorded[root]
 
     def _footprint(self, config: JobConfig) -> Footprint | ModelError:
         train = config.train

@@ -5,18 +5,15 @@ Must not know: schedules, costs. A timeline is all there is to see.
 
 from __future__ import annotations
 
-import gzip
-import json
 import math
-from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Sequence
 from html import escape
 from pathlib import Path
-from typing import Any
 
 from windlass.dist.errors import PlanError
+from windlass.dist.trace import Event, read_chrome
 from windlass.parallel.pipeline.action import KINDS, LANES, Action
-from windlass.parallel.pipeline.timeline import Span, Timeline
+from windlass.parallel.pipeline.timeline import Span, Timeline, without_waits
 
 COLOURS = {
     "F": "#4878a8",
@@ -236,8 +233,8 @@ def timeline_from_trace(paths: Sequence[Path], name: str = "measured", step: int
 
     Raises:  PlanError if a file cannot be read, holds no such step, or no action in it
     """
-    events = [_read(path) for path in paths]
-    windows = [_steps(rows) for rows in events]
+    events = [read_chrome(path) for path in paths]
+    windows = [_steps(spans) for spans in events]
     common = set.intersection(*map(set, windows)) if windows else set()
     if step is None and common:
         step = max(common)
@@ -248,9 +245,9 @@ def timeline_from_trace(paths: Sequence[Path], name: str = "measured", step: int
             "Record with profiler.start_step set and profiler.all_ranks=true"
         )
     ranks = []
-    for path, rows, window in zip(paths, events, windows, strict=True):
+    for path, recorded, window in zip(paths, events, windows, strict=True):
         first, last = window[step]
-        spans = _measured([row for row in rows if first <= row["ts"] <= last])
+        spans = _measured([event for event in recorded if first <= event.start_s <= last])
         if not any(KINDS[span.action.kind].lane == "compute" for span in spans):
             raise PlanError(f"trace {path}: step {step} holds no pipeline action; was it recorded by this version?")
         ranks.append(spans)
@@ -258,34 +255,18 @@ def timeline_from_trace(paths: Sequence[Path], name: str = "measured", step: int
     return Timeline.of(name, [[Span(a, b - start, e - start) for a, b, e in spans] for spans in ranks])
 
 
-def _measured(rows: Sequence[dict[str, Any]]) -> list[Span]:
+def _measured(events: Sequence[Event]) -> list[Span]:
     """Return the actions among the spans of one step, compute without its waiting."""
-    waits = sorted((row["ts"], row["ts"] + row["dur"]) for row in rows if row["lane"] == "comm")
-    starts = [start for start, _ in waits]
     spans = []
-    for row in rows:
-        if "action" not in row["args"]:
-            continue
-        action, start, end = Action.parse(row["args"]["action"]), row["ts"], row["ts"] + row["dur"]
-        if KINDS[action.kind].lane == "compute":
-            inside = waits[bisect_left(starts, start) : bisect_left(starts, end)]
-            start += sum(min(until, end) - since for since, until in inside)
-        spans.append(Span(action, start / 1e6, end / 1e6))
+    for event, seconds in without_waits(events):
+        if "action" in event.args:
+            action, end = Action.parse(event.args["action"]), event.start_s + event.duration_s
+            own = seconds if KINDS[action.kind].lane == "compute" else event.duration_s
+            spans.append(Span(action, end - own, end))
     return spans
 
 
-def _read(path: Path) -> list[dict[str, Any]]:
-    """Return the spans of a Chrome trace, each with the name of its lane."""
-    try:
-        data = path.read_bytes()
-        rows = json.loads(gzip.decompress(data) if path.suffix == ".gz" else data)["traceEvents"]
-        lanes = {row["tid"]: row["args"]["name"] for row in rows if row["ph"] == "M" and row["name"] == "thread_name"}
-        return [row | {"lane": lanes.get(row["tid"], "")} for row in rows if row["ph"] == "X"]
-    except (OSError, EOFError, ValueError, KeyError) as error:
-        raise PlanError(f"trace {path} cannot be read: {type(error).__name__}: {error}") from error
-
-
-def _steps(rows: Iterable[dict[str, Any]]) -> dict[int, tuple[float, float]]:
+def _steps(events: Iterable[Event]) -> dict[int, tuple[float, float]]:
     """Return the recorded steps with their start and end."""
-    named = ((row["name"].split(), row) for row in rows if row["lane"] == "step")
-    return {int(words[1]): (row["ts"], row["ts"] + row["dur"]) for words, row in named}
+    steps = (event for event in events if event.lane == "step")
+    return {int(event.name.split()[1]): (event.start_s, event.start_s + event.duration_s) for event in steps}

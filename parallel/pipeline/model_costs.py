@@ -50,6 +50,7 @@ class ModelCosts:
     bytes_per_s: float = math.inf
     limit_bytes: float = math.inf
     in_seconds: bool = False
+    source: str = ""  # the run that measured the seconds; empty: they follow from FLOPs
 
     @property
     def whole_head(self) -> Part:
@@ -100,8 +101,8 @@ def model_costs(
         held = state_bytes(replace(units, units=(unit,)), zero, precision, optimizer)
         states[unit.name.removesuffix(".frozen")] += sum(held.values())
     hidden_bytes = float(tokens * width * itemsize)
-    known = flops_per_s and bytes_per_s
     forward_s = sum(block.forward_s for block in blocks) / len(blocks)
+    latency_s, rate_between = link(hidden_bytes, forward_s, bytes_per_s if flops_per_s else 0.0)
     return ModelCosts(
         blocks=tuple(blocks),
         block_state_bytes=tuple(states[f"blocks.{i}"] for i in range(len(blocks))),
@@ -113,8 +114,15 @@ def model_costs(
         statistics_bytes=2.0 * tokens * exact,
         chunk_bytes=float(min(tokens, loss_chunk_tokens or tokens) * vocab * (itemsize + exact)),
         num_shards=num_shards,
-        latency_s=ASSUMED_LATENCY_S if known else 0.0,
-        bytes_per_s=bytes_per_s if known else hidden_bytes / (ASSUMED_MESSAGE * forward_s),
+        latency_s=latency_s,
+        bytes_per_s=rate_between,
         limit_bytes=limit_bytes,
         in_seconds=flops_per_s > 0,
     )
+
+
+def link(hidden_bytes: float, forward_s: float, bytes_per_s: float) -> tuple[float, float]:
+    """Return latency and rate of messages between ranks; a rate that is not known (0) follows a block's forward."""
+    if bytes_per_s:
+        return ASSUMED_LATENCY_S, bytes_per_s
+    return 0.0, hidden_bytes / (ASSUMED_MESSAGE * forward_s)

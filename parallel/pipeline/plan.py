@@ -75,7 +75,8 @@ def plan_pipeline(
     why = _reason(best, fitting, len(plans), num_micro_batches) if len(plans) > 1 else "as asked for"
     if few != job:
         best = job.plan(*choices[plans.index(best)])
-    return replace(best, why=why)
+    source = job.costs.source
+    return replace(best, why=f"{why}, costs measured by '{source}'" if source else why)
 
 
 def _fits(job: PipelineJob, plan: PipelinePlan) -> bool:

@@ -42,6 +42,13 @@ class PipelineConfig:
         default_factory=list,
         metadata={"help": "relative speed of every pipeline rank, for mixed clusters (empty: all the same)"},
     )
+    measured: str | None = field(
+        default=None,
+        metadata={
+            "help": "run folder whose profiler recorded a step of this model: cut and schedule follow what its parts "
+            "took (null: their FLOPs)"
+        },
+    )
     vocab_shares: list[float] = field(
         default_factory=list,
         metadata={"help": "share of the vocabulary of every pipeline rank (empty: in proportion to speeds)"},

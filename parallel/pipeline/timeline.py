@@ -5,10 +5,13 @@ Must not know: where the times come from, how they are drawn.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from bisect import bisect_left
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import NamedTuple
 
+from windlass.dist.trace import Event
 from windlass.parallel.pipeline.action import KINDS, LANES, Action
 
 
@@ -64,3 +67,19 @@ def peak_in_flight(actions: Iterable[Action]) -> int:
         elif action.kind in ("B", "W"):
             held -= 1
     return peak
+
+
+def without_waits(events: Iterable[Event]) -> Iterator[tuple[Event, float]]:
+    """Yield recorded spans with what they took themselves: every wait for a peer is a span on the lane "comm"."""
+    spans = [event for event in events if event.phase == "X"]
+    waits: list[tuple[float, float]] = []
+    for start, duration in sorted((e.start_s, -e.duration_s) for e in spans if e.lane == "comm"):
+        if not waits or start >= sum(waits[-1]):  # not inside of another
+            waits.append((start, -duration))
+    starts = [start for start, _ in waits]
+    waited = list(accumulate((duration for _, duration in waits), initial=0.0))
+    for event in spans:
+        if event.lane != "comm":
+            until = event.start_s + event.duration_s
+            inside = waited[bisect_left(starts, until)] - waited[bisect_left(starts, event.start_s)]
+            yield event, max(0.0, event.duration_s - inside)

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from windlass.dist.errors import PlanError
+from windlass.dist.errors import DataError, PlanError
 from windlass.dist.trace import Event, Tracer
 from windlass.parallel.pipeline.action import Action
 from windlass.parallel.pipeline.builders import BUILDERS, build
@@ -188,9 +188,9 @@ def test_a_file_that_is_no_trace_is_refused(tmp_path: Path, name: str, data: byt
     path = tmp_path / name
     if data is not None:
         path.write_bytes(data)
-    with pytest.raises(PlanError, match=rf"{name} cannot be read"):
+    with pytest.raises(DataError, match=rf"{name} cannot be read"):
         timeline_from_trace([path])
     cut = tmp_path / "cut.json.gz"
     cut.write_bytes(gzip.compress(b'{"traceEvents": []}')[:-6])
-    with pytest.raises(PlanError, match=r"cut\.json\.gz cannot be read"):
+    with pytest.raises(DataError, match=r"cut\.json\.gz cannot be read"):
         timeline_from_trace([cut])
