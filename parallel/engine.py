@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -22,6 +23,7 @@ from windlass.dist.errors import ModelError
 from windlass.dist.mesh import Mesh
 from windlass.dist.state import Piece
 from windlass.dist.trace import Tracer
+from windlass.model.loss import PLAIN
 from windlass.model.protocol import BlockModel
 from windlass.parallel.activation import ActivationConfig
 from windlass.parallel.buffers import Account
@@ -84,6 +86,9 @@ class Engine:
         self._world = comm.world
         rank = self._world.rank
         self._pipeline = pipeline
+        head: Any = model.head
+        config = getattr(getattr(head, "loss", None), "config", PLAIN)
+        self._regularised = bool(config.label_smoothing or config.z_loss)
         self._lowering = zero.lowering(mesh.sizes["pp"] > 1)
         if pipeline is not None and not gathers(pipeline.schedule):  # a file that leaves gathers to the walk
             self._lowering["gather"] = "none"
@@ -223,11 +228,14 @@ class Engine:
         return StepReport(loss, int(tokens), norm, skipped, dict(self._seconds), self._comm.waited_s - waited)
 
     def evaluate(self, batches: Sequence[Batch]) -> tuple[float, int]:
-        """Return the global loss sum in nats and the global number of valid tokens, without touching any state.
+        """Return the global cross entropy in nats and the global number of valid tokens, without touching any state.
 
+        What is added to the loss in training (smoothing, penalties, weights of tokens) is left out.
         Collective:  every rank, with the same number of micro-batches
         """
-        losses = self._forward(batches)
+        losses = self._forward(batches, per_token=self._regularised)
+        if self._regularised:
+            losses = [-logp_BT.sum() for logp_BT in losses]
         tokens = float(sum(b.num_valid for b in batches)) if self._pp_rank == 0 else 0.0
         both = torch.stack([_total(losses), torch.tensor(tokens, dtype=torch.float64)])
         self._world.all_reduce(both, tag="scalar", label="evaluation").wait()

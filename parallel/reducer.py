@@ -138,6 +138,7 @@ class ReduceInBackward:
         self._layout = tuple((p.offset, p.size) for p in plan.parameters)
         self._slot: GradSlot | None = None
         self._last_slot: GradSlot | None = None
+        self._pending: Pending[None] | None = None
         self._accumulate = False
         self.grad = shard
 
@@ -153,20 +154,25 @@ class ReduceInBackward:
         return self._slot
 
     def complete(self, last: bool) -> None:
+        self._settle()  # two reductions into one shard must not run in either order
         slot, self._slot = self._filling(), None
         self._accumulator.close(slot.symmetric.tensor)
         slot.held = False
-        slot.pending = slot.symmetric.reduce_scatter(
+        slot.pending = self._pending = slot.symmetric.reduce_scatter(
             self.grad, accumulate=self._accumulate, tag="grad", label=self._label
         )
         self._last_slot = slot
         self._accumulate = not last
 
+    def _settle(self) -> None:
+        """Wait for this unit's latest reduction, unless whoever took its slot since has done so."""
+        if self._last_slot is not None and self._last_slot.pending is self._pending:
+            self._last_slot.settle()
+        self._last_slot = self._pending = None
+
     def finish(self) -> None:
         assert self._last_slot is not None
-        # If another unit took the slot since, that unit settled it already.
-        self._last_slot.settle()
-        self._last_slot = None
+        self._settle()
         if self._replicas is not None:
             self._replicas.all_reduce(self.grad, tag="grad", label=self._label).wait()
 

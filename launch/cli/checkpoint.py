@@ -147,7 +147,21 @@ def export_command(
             tokenizer_folder=tokenizer_folder,
             eos_token_id=eos_token_id,
         )
+        reshaped = _reshaped_logits(reader.manifest.extra)
     typer.echo(f"{folder} -> {out} ({to.value}, {dtype.value}, {time.monotonic() - started:.1f} s)")
+    if reshaped:
+        typer.echo(
+            f"warning: trained with {reshaped}, which {out}/config.json cannot say: apply it to the logits yourself, "
+            "or probabilities differ",
+            err=True,
+        )
+
+
+def _reshaped_logits(extra: dict[str, Any]) -> str:
+    """Return the settings of the loss that belong to the model's probabilities and that its export cannot hold."""
+    plain = {"loss.softcap": 0, "loss.temperature": 1}
+    layout = extra.get("layout", {})
+    return " and ".join(f"{key}={layout[key]}" for key, usual in plain.items() if layout.get(key, usual) != usual)
 
 
 def _model_config(folder: Path, manifest: Manifest) -> ModelConfig:

@@ -64,6 +64,11 @@ BUILDERS: dict[str, Builder] = {
 }
 
 
+def num_stages(name: str, num_ranks: int, chunks: int = 2) -> int:
+    """Return how many stages a schedule has, without building it."""
+    return num_ranks * chunks if name == "interleaved" else len(BUILDERS[name].placement(num_ranks, chunks))
+
+
 def build(
     name: str, num_ranks: int, num_micro_batches: int, *, vocab: int = 0, chunks: int = 2, costs: Costs | None = None
 ) -> Schedule:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from windlass.dist.errors import PlanError
-from windlass.parallel.pipeline.builders import BUILDERS, build, one_stage
+from windlass.parallel.pipeline.builders import BUILDERS, build, num_stages, one_stage
 from windlass.parallel.pipeline.costs import Costs, Part
 from windlass.parallel.pipeline.cut import Blocks, Room, cut_blocks, ranges
 from windlass.parallel.pipeline.model_costs import ModelCosts
@@ -83,10 +83,14 @@ class PipelineJob:
             if stages[asked] > self.num_blocks:
                 fits = [name for name in BUILDERS if stages[name] <= self.num_blocks]
                 ranks = self.num_blocks * self.num_ranks // stages[asked]
+                ways = [f"pipeline.schedule={' or '.join(fits)}"]
+                if asked == "interleaved" and (chunks := self.num_blocks // self.num_ranks) >= 2:
+                    ways.append(f"pipeline.chunks={chunks}")
+                if ranks > 1:
+                    ways.append(f"parallelism.pp={ranks}{' or less' if ranks > 2 else ''}")
                 raise PlanError(
                     f"pipeline.schedule = '{asked}' needs {stages[asked]} stages on {self.num_ranks} pipeline ranks, "
-                    f"but the model has {self.num_blocks} blocks and every stage needs one. Use pipeline.schedule="
-                    f"{' or '.join(fits)}, or parallelism.pp={ranks}{' or less' if ranks > 2 else ''}"
+                    f"but the model has {self.num_blocks} blocks and every stage needs one. Use {', or '.join(ways)}"
                 )
             return [asked]
         # GPipe takes as long as 1F1B and keeps more activations.
@@ -99,7 +103,7 @@ class PipelineJob:
         return names
 
     def _num_stages(self, name: str) -> int:
-        return build(name, self.num_ranks, 1, chunks=self.config.chunks).layout.num_stages
+        return num_stages(name, self.num_ranks, self.config.chunks)
 
     def _algorithms(self) -> list[int]:
         asked = self.config.vocab
@@ -108,7 +112,9 @@ class PipelineJob:
             return [0]
         algorithms = [ALGORITHMS[asked]] if asked != "auto" else [1, 2] if wants_cut else [0, 1, 2]
         if any(algorithms) and self.vocab_problem:
-            raise PlanError(self.vocab_problem)
+            keys = [key for key in ("vocab_shares", "vocab_chunk") if getattr(self.config, key)]
+            also = f" without {' and '.join(f'pipeline.{key}' for key in keys)}" if keys else ""
+            raise PlanError(self.vocab_problem + also)
         return algorithms
 
     def _check_reductions(self, schedule: Schedule, at: str) -> None:
@@ -147,7 +153,10 @@ class PipelineJob:
             raise PlanError(self.vocab_problem)
         if schedule.lowered and self.lowering["reduce"] == "each":
             self._check_reductions(schedule, at)
-        verify(schedule)
+        try:
+            verify(schedule)
+        except PlanError as error:
+            raise PlanError(f"{at}: {error}") from error
         return schedule
 
     # -- one plan ------------------------------------------------------------------------------------------------------

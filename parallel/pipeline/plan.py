@@ -111,6 +111,11 @@ def _reason(best: PipelinePlan, fitting: Sequence[PipelinePlan], num_choices: in
 
 def _too_big(job: PipelineJob, plans: Sequence[PipelinePlan]) -> str:
     """Say how much the least of the plans needs, and what would make it fit."""
+    if job.costs.limit_bytes <= 0:
+        return (
+            f"nothing is left for a stage: what every rank holds besides is {-job.costs.limit_bytes / 1e9:.3g} GB more "
+            "than a device has. Raise cluster.device_bytes"
+        )
     least = min(plans, key=lambda plan: max(plan.peak_bytes))
     most = max(least.peak_bytes)
     rank = least.peak_bytes.index(most)

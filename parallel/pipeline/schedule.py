@@ -98,7 +98,8 @@ class Schedule:
         for what, rows in (("action lists", self.ranks), ("limits", self.limits)):
             if rows is not None and len(rows) != self.layout.num_ranks:
                 raise PlanError(
-                    f"schedule '{self.name}' has {len(rows)} {what} for {self.layout.num_ranks} ranks: one per rank"
+                    f"schedule '{self.name}': {what} given: {len(rows)}, ranks: {self.layout.num_ranks}. "
+                    "Give one per rank"
                 )
 
     @cached_property

@@ -68,7 +68,7 @@ def check_complete(schedule: Schedule) -> None:
         _fail(
             schedule,
             f"rank {schedule.layout.rank_of(first)} lacks {first} ({KINDS[first.kind].meaning}); "
-            f"{len(missing)} actions are missing in all",
+            f"missing in all: {len(missing)}",
         )
 
 

@@ -179,6 +179,26 @@ def test_pipelines_combine_with_zero_over_data_parallel_columns(stage: int) -> N
     check(4, [replace(case, columns=2, zero=ZeroConfig(stage=stage)) for case in EVERY])
 
 
+def test_a_unit_reduced_twice_in_a_row_loses_nothing() -> None:
+    # One block per stage: micro-batches of one stage complete it twice before any other unit of its size is reduced.
+    small = replace(SMALL, num_layers=4)
+    cases = [Case(name, "off", 4, small, columns=2) for name in ("interleaved", "zbv", "vhalf")]
+    check(4, [replace(case, zero=ZeroConfig(stage=stage)) for case in cases for stage in (2, 3)])
+
+
+def test_validation_is_cross_entropy_whatever_is_added_to_the_loss() -> None:
+    losses = (LossConfig(), LossConfig(label_smoothing=0.2, z_loss=0.1))
+    for vocab in ("off", "2"):
+        # Without a step in between: the weights are the starting ones.
+        found = run_world(2, validate, [Case("1f1b", vocab, loss=loss) for loss in losses])
+        for plain_sum, regularised_sum in found:
+            assert_close(torch.tensor(regularised_sum[0]), torch.tensor(plain_sum[0]), "cross entropy", 10)
+
+
+def validate(comm: Comm, cases: list[Case]) -> list[tuple[float, int]]:
+    return [build_engine(comm, case).evaluate(case.steps()[0]) for case in cases]
+
+
 def test_every_way_to_gather_gives_the_same_in_pipelines() -> None:
     cases = [case for case in EVERY if case.schedule in ("1f1b", "vhalf")]
     ways = [ZeroConfig(stage=3, reshard=reshard) for reshard in ("each", "never")]

@@ -83,7 +83,7 @@ def test_a_schedule_knows_whether_communication_is_written_out() -> None:
         ("vocab: 0", "vocab: on", "file, line 3: vocab = 'on': must be 0, 1 or 2"),
         ("batches: 2", "batches: two", "file, line 4: micro_batches = 'two': must be their number, such as 8"),
         ("batches: 2", "batches: 0", "file: schedule 'mine' has 0 micro-batches; it needs at least 1"),
-        ("limits: 2 1", "limits: 2", "file: schedule 'mine' has 1 limits for 2 ranks: one per rank"),
+        ("limits: 2 1", "limits: 2", "file: schedule 'mine': limits given: 1, ranks: 2. Give one per rank"),
         ("limits: 2 1", "limits: -2 1", "file, line 5: limits = '-2 1': must be the most stage activations"),
         ("# limits: 2 1", "limits: 2 1", "file, line 5: 'limits: 2 1' is neither a header '# key: value'"),
         ("# limits: 2 1", "# forward_only: maybe", "file, line 5: forward_only = 'maybe': must be true or false"),
@@ -151,5 +151,5 @@ def test_a_layout_says_who_holds_what() -> None:
 def test_a_schedule_without_micro_batches_or_with_a_list_too_few_is_refused() -> None:
     with pytest.raises(PlanError, match="0 micro-batches; it needs at least 1"):
         Schedule("none", Layout(1, (0,)), 0, ((),))
-    with pytest.raises(PlanError, match="1 action lists for 2 ranks"):
+    with pytest.raises(PlanError, match="action lists given: 1, ranks: 2"):
         Schedule("short", Layout(2, (0, 1)), 1, ((),))

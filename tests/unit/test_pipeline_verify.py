@@ -46,7 +46,7 @@ def test_the_schedules_that_the_faults_are_put_into_are_right(text: str) -> None
 @pytest.mark.parametrize(
     ("text", "change", "problem"),
     [
-        (COMPUTE, (" 1F1", ""), "rank 1 lacks 1F1 (forward); 1 actions are missing in all"),
+        (COMPUTE, (" 1F1", ""), "rank 1 lacks 1F1 (forward); missing in all: 1"),
         (COMPUTE, (" 0B0", " 0I0"), "rank 0 lacks 0W0 (gradients of the weights, some time after I)"),
         (COMPUTE, ("0B0", "0B0 0B0"), "rank 0 has 0B0 twice; keep one of them"),
         (COMPUTE, ("0B0", "0B0 1B0"), "rank 0 has 1B0, which belongs to rank 1"),
