@@ -213,7 +213,7 @@ def told(config: PipelineConfig | None = None, **changes: Any) -> str:
             {"num_ranks": 4, "num_blocks": 6},
             ["needs 8 stages", "6 blocks", "schedule=gpipe or 1f1b or zb1p", "parallelism.pp=3 or less"],
         ),
-        (PipelineConfig(schedule="interleaved", chunks=5), {}, ["needs 10 stages", "8 blocks", "parallelism.pp=1"]),
+        (PipelineConfig(schedule="interleaved", chunks=5), {}, ["needs 10 stages", "8 blocks", "pipeline.chunks=4"]),
         (PipelineConfig(vocab="2"), {"vocab_size": 1}, ["vocabulary of 1 rows", "pipeline.vocab=off"]),
         (PipelineConfig(vocab="1"), {"vocab_problem": "no head.proj"}, ["no head.proj"]),
         (PipelineConfig(vocab_chunk=8), {"vocab_problem": "no head.proj"}, ["no head.proj"]),
