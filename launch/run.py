@@ -199,7 +199,12 @@ def build_run(config: JobConfig, env: ProcessEnv) -> Run:
             comm = stack.enter_context(
                 Comm.start(env, device, transport=parallelism.transport, timeout_s=parallelism.timeout_s, tracer=tracer)
             )
-            check_same(comm.world, {"config": asdict(config), "plan": plan.as_json(), "versions": versions()})
+            # Actions come before what follows from them, so that the first difference names one.
+            actions = plan.pipeline.schedule.to_json() if plan.pipeline else None
+            check_same(
+                comm.world,
+                {"config": asdict(config), "pipeline": actions, "plan": plan.as_json(), "versions": versions()},
+            )
         with clock.phase("checkpoint"):
             checkpoint, passed_over = find_checkpoint_to_resume(config, folder, comm.world)
         with clock.phase("engine"):

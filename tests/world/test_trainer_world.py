@@ -16,7 +16,7 @@ from windlass.checkpoint.policy import CheckpointConfig
 from windlass.data.config import DataConfig
 from windlass.data.prepare import prepare
 from windlass.dist.env import ProcessEnv
-from windlass.dist.errors import ConfigError
+from windlass.dist.errors import ConfigError, PlanError
 from windlass.dist.mesh import ParallelismConfig
 from windlass.launch.events import Event, Stepped
 from windlass.launch.job import JobConfig, TrainConfig
@@ -26,6 +26,7 @@ from windlass.launch.run_folder import RunFolder, RunLock
 from windlass.launch.trainer import Trainer
 from windlass.model.config import ModelConfig
 from windlass.parallel.optim import OptimizerConfig
+from windlass.parallel.pipeline.policy import PipelineConfig
 from windlass.parallel.zero import ZeroConfig
 
 
@@ -206,3 +207,25 @@ def test_a_job_that_would_overwrite_its_checkpoints_is_refused(data: Path, tmp_p
     assert run_world(1, train, branch, with_env=True) == [0]
     assert list(losses(tmp_path / "branch")) == [3]
     assert json.loads((tmp_path / "branch" / "plan.json").read_text())["world_size"] == 1
+
+
+def train_from(env: ProcessEnv, config: JobConfig, folders: list[Path]) -> int:
+    os.chdir(folders[env.rank])
+    return run_worker(config, env)
+
+
+def test_ranks_with_different_schedules_stop_at_the_first_action_that_differs(data: Path, tmp_path: Path) -> None:
+    header = "# stage_rank: 0 1\n# vocab: 0\n# micro_batches: 2\n0: 0F0 0F1 0B0 0B1\n"
+    folders = [tmp_path / "host0", tmp_path / "host1"]
+    for folder, row in zip(folders, ("1F0 1B0 1F1 1B1", "1F0 1F1 1B0 1B1"), strict=True):
+        folder.mkdir()
+        (folder / "own.txt").write_text(f"{header}1: {row}\n")
+    config = replace(
+        job(data, tmp_path / "run"),
+        parallelism=ParallelismConfig(pp=2, timeout_s=30),
+        pipeline=PipelineConfig(schedule="own.txt"),
+    )
+    for outcome in outcomes(2, train_from, config, folders, with_env=True):
+        message = str(outcome.error)
+        assert isinstance(outcome.error, PlanError), outcome.text
+        assert "pipeline.ranks[1][1] is '1F0' on rank 0 and '1RECV_F1' on rank 1" in message
