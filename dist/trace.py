@@ -29,7 +29,7 @@ class Event(NamedTuple):
 
 
 class _Span:
-    """The block of code that is timed; a class, because a generator would cost three times as much."""
+    """The block of code that is timed; a class, because every action is one and a generator costs more."""
 
     __slots__ = ("_args", "_lane", "_name", "_start", "_tracer")
 

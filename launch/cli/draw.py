@@ -26,6 +26,8 @@ Examples:
     windlass draw --from-trace runs/mine --svg measured.svg
 
     windlass draw --builder 1f1b --ranks 4 --micro-batches 8 --vocab 2
+
+    windlass draw --builder zbv --ranks 2 --micro-batches 4 --write own.txt
 """
 
 
@@ -60,16 +62,21 @@ def draw(
     chunks: Annotated[int, typer.Option(min=2, help="--builder interleaved: stages per rank.")] = 2,
     world: Annotated[int, typer.Option(min=0, help="JOB: number of ranks (0: as 'windlass plan').")] = 0,
     svg: Annotated[Path | None, typer.Option(help="Write the picture to this file.")] = None,
+    write: Annotated[
+        Path | None, typer.Option(help="--builder: write the schedule to this file, to be edited and run.")
+    ] = None,
 ) -> None:
     from windlass.dist.errors import ConfigError
 
+    if write is not None and builder is None:
+        raise ConfigError(f"--write {write}: writes the schedule of --builder NAME. Give one, or use --svg.")
     if (builder is not None and (job or from_trace)) or not (builder or job or from_trace):
         raise ConfigError("windlass draw: give a JOB, --from-trace RUN, both of these, or --builder NAME.")
     pictures = []
     if builder is not None:
         if ctx.args:
             raise ConfigError(f"windlass draw --builder: '{ctx.args[0]}' belongs to a job. Remove it, or give a JOB.")
-        pictures.append(_built(builder, ranks, micro_batches, vocab, head, chunks))
+        pictures.append(_built(builder, ranks, micro_batches, vocab, head, chunks, write))
     if job is not None:
         pictures.append(_planned(job, ctx.args, world))
     if from_trace is not None:
@@ -77,12 +84,15 @@ def draw(
     _show(pictures, svg)
 
 
-def _built(name: str, ranks: int, micro_batches: int, vocab: int, head: float | None, chunks: int) -> Picture:
-    """Simulate a schedule whose stages are all alike."""
+def _built(
+    name: str, ranks: int, micro_batches: int, vocab: int, head: float | None, chunks: int, write: Path | None
+) -> Picture:
+    """Simulate a schedule whose stages are all alike, and write it to a file if that is wanted."""
+    from windlass.dist.errors import ConfigError
     from windlass.parallel.pipeline.builders import BUILDERS, build
     from windlass.parallel.pipeline.costs import Costs
     from windlass.parallel.pipeline.passes import lower
-    from windlass.parallel.pipeline.schedule import load_schedule
+    from windlass.parallel.pipeline.schedule import load_schedule, write_schedule
     from windlass.parallel.pipeline.simulate import simulate
     from windlass.parallel.pipeline.verify import verify
 
@@ -95,6 +105,12 @@ def _built(name: str, ranks: int, micro_batches: int, vocab: int, head: float | 
     else:
         schedule = load_schedule(name)
         verify(schedule)
+    if write is not None:
+        try:
+            write_schedule(schedule, write)
+        except OSError as error:
+            raise ConfigError(f"--write {write}: {error.strerror}. Give a file that can be written.") from error
+        typer.echo(f"wrote {write}")
     layout = schedule.layout
     complete = schedule if schedule.lowered else lower(schedule)
     title = f"{schedule.name}: {layout.num_ranks} ranks, {schedule.num_micro_batches} micro-batches"

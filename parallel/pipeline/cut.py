@@ -72,14 +72,6 @@ def cut_blocks(blocks: Blocks, rooms: Sequence[Room], limit_bytes: float = math.
     return counts
 
 
-def stage_seconds(blocks: Blocks, rooms: Sequence[Room], counts: Sequence[int]) -> tuple[float, ...]:
-    """Return what each stage of a cut takes for one micro-batch, forward and backward."""
-    return tuple(
-        (math.fsum(blocks.seconds[first:last]) + room.fixed_s) / room.speed
-        for room, (first, last) in zip(rooms, ranges(counts), strict=True)
-    )
-
-
 def rank_bytes(blocks: Blocks, rooms: Sequence[Room], counts: Sequence[int]) -> dict[int, float]:
     """Return what each rank holds at most under a cut."""
     held = dict.fromkeys(sorted({room.rank for room in rooms}), 0.0)

@@ -13,7 +13,6 @@ from windlass.launch import cli
 from windlass.parallel.pipeline.builders import BUILDERS, build
 from windlass.parallel.pipeline.costs import Costs
 from windlass.parallel.pipeline.passes import lower
-from windlass.parallel.pipeline.schedule import write_schedule
 from windlass.parallel.pipeline.simulate import simulate
 
 
@@ -54,9 +53,13 @@ def test_a_schedule_file_is_drawn_and_a_broken_one_is_explained(
     capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     path = tmp_path / "own.txt"
-    write_schedule(build("zbv", 3, 2), path)
-    code, out, _ = run(capsys, "--builder", str(path))
-    assert code == 0 and len(rows(out)) == 3
+    code, out, _ = run(capsys, "--builder", "zbv", "--ranks", "3", "--micro-batches", "2", "--write", str(path))
+    assert code == 0 and f"wrote {path}" in out
+    code, again, _ = run(capsys, "--builder", str(path))
+    assert code == 0 and len(rows(again)) == 3 and rows(again) == rows(out)
+    code, _, err = run(capsys, "--builder", "zbv", "--write", str(tmp_path / "no" / "own.txt"))
+    assert code == 2 and "Give a file that can be written" in err
+    assert run(capsys, "pipeline-vocab", "--write", str(path))[0] == 2
     path.write_text(path.read_text().replace("0F0 ", ""))
     code, _, err = run(capsys, "--builder", str(path))
     assert code == 3 and "0F0" in err and "Traceback" not in err

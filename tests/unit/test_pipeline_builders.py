@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable
 from dataclasses import replace
 from functools import cache
@@ -68,8 +69,14 @@ def test_every_builder_makes_valid_schedules_of_all_sizes(name: str, vocab: int)
 def test_lowered_schedules_and_their_evaluations_are_valid(name: str, vocab: int) -> None:
     for p, m in ((1, 2), (2, 1), (2, 5), (3, 7), (4, 3), (4, 8), (7, 9), (8, 4)):
         schedule = build(name, p, m, vocab=vocab)
-        verify(lower(schedule, recompute=m % 2 == 0, gather="run", reduce="each"))
-        verify(lower(forward_only(schedule.layout, m), gather="step"))
+        evaluation = forward_only(schedule.layout, m)
+        for plain, complete in (
+            (schedule, lower(schedule, recompute=m % 2 == 0, gather="run", reduce="each")),
+            (evaluation, lower(evaluation, gather="step")),
+        ):
+            verify(complete)
+            given = set(itertools.chain(*plain.ranks))
+            assert tuple(tuple(a for a in row if a in given) for row in complete.ranks) == plain.ranks, "only inserted"
 
 
 @pytest.mark.parametrize("chunks", [2, 3, 4])

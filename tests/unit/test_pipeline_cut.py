@@ -12,12 +12,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from windlass.dist.errors import PlanError
-from windlass.parallel.pipeline.cut import Blocks, Room, cut_blocks, ranges, rank_bytes, stage_seconds
+from windlass.parallel.pipeline.cut import Blocks, Room, cut_blocks, ranges, rank_bytes
 
 
 def compositions(total: int, parts: int) -> Iterator[tuple[int, ...]]:
     for bars in itertools.combinations(range(1, total), parts - 1):
         yield tuple(b - a for a, b in itertools.pairwise((0, *bars, total)))
+
+
+def stage_seconds(blocks: Blocks, rooms: Sequence[Room], counts: Sequence[int]) -> tuple[float, ...]:
+    """Return what each stage of a cut takes for one micro-batch, forward and backward."""
+    return tuple(
+        (math.fsum(blocks.seconds[first:last]) + room.fixed_s) / room.speed
+        for room, (first, last) in zip(rooms, ranges(counts), strict=True)
+    )
 
 
 def rank_seconds(blocks: Blocks, rooms: Sequence[Room], counts: Sequence[int]) -> float:

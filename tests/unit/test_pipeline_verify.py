@@ -40,7 +40,9 @@ def refusal(text: str, *changes: tuple[str, str]) -> str:
 
 @pytest.mark.parametrize("text", [COMPUTE, LOWERED, VOCAB, ZERO])
 def test_the_schedules_that_the_faults_are_put_into_are_right(text: str) -> None:
-    verify(Schedule.from_text(text))
+    schedule = Schedule.from_text(text)
+    verify(schedule)
+    assert Schedule.from_text(schedule.to_text()) == schedule and schedule.lowered == (text != COMPUTE)
 
 
 @pytest.mark.parametrize(
