@@ -16,8 +16,7 @@ import argparse
 import statistics
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -47,13 +46,6 @@ from windlass.parallel.zero import ZeroConfig
 
 ZERO_STAGE = 1
 CHUNK_ROWS = 8192  # of the vocabulary, in a side whose logits are streamed
-
-
-@dataclass(frozen=True)
-class PipelineSide(Side):
-    """A built side and what it can say after its steps beside their times."""
-
-    facts: Callable[[], dict[str, Any]] = dict
 
 
 class HollowPart(nn.Module):
@@ -139,9 +131,7 @@ def plan_for(workload: Workload, schedule: str, vocab: str, num_micro_batches: i
 # -- Windlass --------------------------------------------------------------------------------------------------------
 
 
-def build_windlass(
-    workload: Workload, schedule: str, detail: str, num_micro_batches: int, traced_steps: int
-) -> PipelineSide:
+def build_windlass(workload: Workload, schedule: str, detail: str, num_micro_batches: int, traced_steps: int) -> Side:
     streamed = detail.endswith("c")
     plan = plan_for(
         workload, schedule, detail.removesuffix("c"), num_micro_batches, chunk=CHUNK_ROWS if streamed else 0
@@ -176,7 +166,7 @@ def build_windlass(
             "phase_s": {name: statistics.median(p[name] for p in phases) for name in phases[0]} if phases else {},
         }
 
-    return PipelineSide(step, lambda: comm.world.barrier(label="benchmark"), comm.close, True, facts)
+    return Side(step, lambda: comm.world.barrier(label="benchmark"), comm.close, True, facts)
 
 
 def action_seconds(events: Iterable[Event]) -> dict[str, float]:
@@ -243,9 +233,7 @@ def torch_stages(
     return [TorchStage(model, range(*cut[stage]), context, num_tokens) for stage in mine]
 
 
-def build_torch(
-    workload: Workload, schedule: str, detail: str, num_micro_batches: int, traced_steps: int
-) -> PipelineSide:
+def build_torch(workload: Workload, schedule: str, detail: str, num_micro_batches: int, traced_steps: int) -> Side:
     from torch.distributed.pipelining import PipelineStage
     from torch.distributed.pipelining import schedules as theirs
 
@@ -304,7 +292,7 @@ def build_torch(
             optimizer.step()
         return torch.stack(losses).sum().detach() if losses else torch.zeros(())
 
-    return PipelineSide(step, facts=lambda: {"blocks": cut})
+    return Side(step, facts=lambda: {"blocks": cut})
 
 
 def main() -> None:
@@ -326,11 +314,12 @@ def main() -> None:
     reporter.phase("build")
     build = {"torch": build_torch, "windlass": build_windlass}[system]
     side = build(workload, schedule, detail, given.num_micro_batches, given.traced_steps)
-    seconds, losses = run_phases(side, reporter, given)
+    phases = run_phases(side, reporter, given)
+    losses = phases.losses
     if not side.loss_is_global:
         dist.all_reduce(losses)  # only the rank of the last stage knows them
     reporter.result(
-        step_s=statistics.median(seconds),
+        step_s=statistics.median(phases.seconds),
         losses=losses.tolist(),
         num_parameters=workload.num_parameters,
         **side.facts(),

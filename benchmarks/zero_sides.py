@@ -14,9 +14,10 @@ import argparse
 import resource
 import statistics
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -29,6 +30,9 @@ from windlass.data.batch import Batch
 from windlass.dist import env
 
 if TYPE_CHECKING:
+    from windlass.dist.device import Device
+    from windlass.dist.trace import Tracer
+    from windlass.offload.machine import OffloadMachine
     from windlass.parallel.pipeline.plan import PipelinePlan
 
 # A step runs one optimizer step and returns the loss: this rank's mean for the peers, the global mean for Windlass.
@@ -43,6 +47,7 @@ class Side:
     meet: Callable[[], object] = dist.barrier
     close: Callable[[], object] = dist.destroy_process_group
     loss_is_global: bool = False
+    facts: Callable[[], dict[str, Any]] = dict  # what it can say after its steps beside their times
 
 
 class OneModule(nn.Module):
@@ -119,35 +124,62 @@ def build_ddp(workload: Workload, *, sharded_optimizer: bool = False) -> Side:
     return Side(plain_step(workload, net, net.parameters(), optimizer, workload.bf16))
 
 
-def build_fsdp2(workload: Workload, *, reshard: bool) -> Side:
+def build_fsdp2(workload: Workload, *, reshard: bool, offload: bool = False) -> Side:
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+    from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 
-    mesh = init_device_mesh("cpu", (workload.world_size,))
-    policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if workload.bf16 else MixedPrecisionPolicy()
+    options: dict[str, Any] = {
+        "mesh": init_device_mesh("cpu", (workload.world_size,)),
+        "mp_policy": MixedPrecisionPolicy(torch.bfloat16, torch.float32) if workload.bf16 else MixedPrecisionPolicy(),
+        "reshard_after_forward": reshard,
+    }
+    if offload:
+        options["offload_policy"] = CPUOffloadPolicy(pin_memory=False)  # nothing can be pinned without an accelerator
     net = OneModule(workload)
     for block in net.blocks:
-        fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard)
-    fully_shard(net, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard)
+        fully_shard(block, **options)
+    fully_shard(net, **options)
     optimizer = torch.optim.AdamW(decay_groups(net, workload.decay), **adamw(workload))
     return Side(plain_step(workload, net, net.parameters(), optimizer, False))
 
 
-def build_deepspeed(workload: Workload, *, stage: int) -> Side:
+def build_deepspeed(
+    workload: Workload,
+    *,
+    zero: Mapping[str, Any],
+    more: Mapping[str, Any] | None = None,
+    own_adam: bool = False,
+    partition_first: bool = False,
+) -> Side:
+    """Build DeepSpeed's engine.
+
+    `zero` and `more` are keys of its configuration; `own_adam` takes its optimizer instead of torch's;
+    `partition_first` cuts and moves parameters before the engine is built, not while.
+    """
     import deepspeed
 
     deepspeed.init_distributed(dist_backend="gloo", dist_init_required=False)
     net = OneModule(workload)
-    optimizer = torch.optim.AdamW(decay_groups(net, workload.decay), **adamw(workload))
+    groups = decay_groups(net, workload.decay)
+    optimizer: Any
+    if own_adam:
+        from deepspeed.ops.adam import DeepSpeedCPUAdam
+
+        optimizer = DeepSpeedCPUAdam(groups, lr=workload.lr, betas=workload.betas, eps=workload.eps, adamw_mode=True)
+    else:
+        optimizer = torch.optim.AdamW(groups, **adamw(workload))
     config = {
         "train_micro_batch_size_per_gpu": workload.micro_batch,
         "gradient_accumulation_steps": 1,
         "gradient_clipping": workload.clip,
         "bf16": {"enabled": workload.bf16},
-        "zero_optimization": {"stage": stage},
-        "zero_force_ds_cpu_optimizer": False,  # torch's fused AdamW, which runs at memory speed
+        "zero_optimization": dict(zero),
+        "zero_force_ds_cpu_optimizer": False,  # torch's fused AdamW runs at memory speed too
         "steps_per_print": 10**9,
+        **(more or {}),
     }
+    if partition_first:
+        deepspeed.zero.Init(module=net, config_dict_or_path=config)
     engine, *_ = deepspeed.initialize(model=net, optimizer=optimizer, config=config)
 
     def step(index: int) -> torch.Tensor:
@@ -166,8 +198,13 @@ def windlass_engine(
     device: str = "cpu",
     recompute: bool = False,
     pipeline: PipelinePlan | None = None,
+    offload: Callable[[Device, Tracer], OffloadMachine | None] = lambda device, tracer: None,
+    account: Callable[[str, int], None] = lambda state, num_bytes: None,
 ) -> tuple[Any, Any]:
-    """Return Windlass's engine at a ZeRO stage, under a pipeline over all ranks or none, and its communicator."""
+    """Return Windlass's engine at a ZeRO stage, under a pipeline over all ranks or none, and its communicator.
+
+    `offload` builds what holds state off the device.
+    """
     from windlass.dist.comm import Comm
     from windlass.dist.device import pick_device
     from windlass.dist.mesh import ParallelismConfig, plan_mesh
@@ -195,8 +232,9 @@ def windlass_engine(
         ),
         fill=fill,
         tracer=tracer,
-        account=lambda state, num_bytes: None,
+        account=account,
         pipeline=pipeline,
+        offload=offload(here, tracer),
     )
     return engine, comm
 
@@ -214,9 +252,9 @@ SIDES: dict[str, Callable[[Workload], Side]] = {
     "alone": build_alone,
     "ddp": build_ddp,
     "zero-redundancy": lambda w: build_ddp(w, sharded_optimizer=True),
-    "deepspeed-1": lambda w: build_deepspeed(w, stage=1),
-    "deepspeed-2": lambda w: build_deepspeed(w, stage=2),
-    "deepspeed-3": lambda w: build_deepspeed(w, stage=3),
+    "deepspeed-1": lambda w: build_deepspeed(w, zero={"stage": 1}),
+    "deepspeed-2": lambda w: build_deepspeed(w, zero={"stage": 2}),
+    "deepspeed-3": lambda w: build_deepspeed(w, zero={"stage": 3}),
     "fsdp2-keep": lambda w: build_fsdp2(w, reshard=False),
     "fsdp2": lambda w: build_fsdp2(w, reshard=True),
     "windlass-0": lambda w: build_windlass(w, stage=0),
@@ -234,24 +272,43 @@ def add_phases(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--memory-steps", type=int, required=True, help="further steps while memory is sampled")
 
 
-def run_phases(side: Side, reporter: Reporter, given: argparse.Namespace) -> tuple[list[float], torch.Tensor]:
-    """Warm up, time steps, step while memory is sampled; return the seconds of timed steps and the losses of all."""
+@dataclass(frozen=True)
+class Phases:
+    """What the phases of one rank gave. Units: seconds of each timed step; bytes from and to drives in all of them."""
+
+    seconds: list[float]
+    losses: torch.Tensor  # of all steps, timed or not
+    read_bytes: int
+    written_bytes: int
+
+
+def run_phases(side: Side, reporter: Reporter, given: argparse.Namespace) -> Phases:
+    """Warm up, time steps, step while memory is sampled."""
     losses: list[torch.Tensor | float] = []
     reporter.phase("warmup")
     losses += [side.step(i) for i in range(given.warmup)]
     side.meet()
     reporter.phase("timed")
     seconds = []
+    read_before, written_before = drive_bytes()
     for i in range(given.steps):
         began = time.perf_counter()
         losses.append(side.step(given.warmup + i))
         seconds.append(time.perf_counter() - began)
+    read_after, written_after = drive_bytes()
     side.meet()
     reporter.phase("memory")
     losses += [side.step(given.warmup + given.steps + i) for i in range(given.memory_steps)]
     side.meet()
     reporter.phase("end")
-    return seconds, torch.tensor([float(loss) for loss in losses], dtype=torch.float64)
+    values = torch.tensor([float(loss) for loss in losses], dtype=torch.float64)
+    return Phases(seconds, values, read_after - read_before, written_after - written_before)
+
+
+def drive_bytes() -> tuple[int, int]:
+    """Return what this process has read from and written to drives so far, the page cache's part left out."""
+    lines = dict(line.split(": ") for line in Path("/proc/self/io").read_text().splitlines())
+    return int(lines["read_bytes"]), int(lines["write_bytes"])
 
 
 def meet_peers(who: env.ProcessEnv) -> None:
@@ -261,12 +318,8 @@ def meet_peers(who: env.ProcessEnv) -> None:
     dist.init_process_group("gloo", store=store, rank=who.rank, world_size=who.world_size)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--side", choices=SIDES, required=True)
-    add_phases(parser)
-    Workload.add_arguments(parser)
-    given = parser.parse_args()
+def train(build: Callable[[Workload], Side], given: argparse.Namespace) -> None:
+    """Be one rank of a side: build it, run its phases, report."""
     reporter = Reporter(given.events)
     who = env.read_process_env()
     torch.set_num_threads(1)
@@ -274,19 +327,32 @@ def main() -> None:
     if not given.side.startswith("windlass"):
         meet_peers(who)
     reporter.phase("build")
-    side = SIDES[given.side](workload)
-    seconds, losses = run_phases(side, reporter, given)
+    side = build(workload)
+    phases = run_phases(side, reporter, given)
+    losses = phases.losses
     if not side.loss_is_global:
         dist.all_reduce(losses)
         losses /= who.world_size
     reporter.result(
-        step_s=statistics.median(seconds),
-        steps_s=seconds,
+        step_s=statistics.median(phases.seconds),
+        steps_s=phases.seconds,
         losses=losses.tolist(),
+        read_bytes=phases.read_bytes,
+        written_bytes=phases.written_bytes,
         max_rss_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         num_parameters=workload.num_parameters,
+        facts=side.facts(),
     )
     side.close()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--side", choices=SIDES, required=True)
+    add_phases(parser)
+    Workload.add_arguments(parser)
+    given = parser.parse_args()
+    train(SIDES[given.side], given)
 
 
 if __name__ == "__main__":

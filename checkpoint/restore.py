@@ -65,7 +65,7 @@ def check_wanted(folder: Path, manifest: Manifest, pieces: Iterable[Piece]) -> N
                 f"checkpoint {folder} is of another model: tensor '{piece.key}' has shape {list(stored.shape)} in the "
                 f"checkpoint and {list(piece.global_shape)} here"
             )
-        here = piece.tensor.dtype
+        here = piece.dtype
         if stored.dtype != here and not (stored.dtype.is_floating_point and here.is_floating_point):
             raise CheckpointError(
                 f"checkpoint {folder}: tensor '{piece.key}' is {dtype_name(stored.dtype)} in the checkpoint and "

@@ -141,7 +141,7 @@ class _Save:
         self._fault("checkpoint.prepare")
         self.pieces = self.source.owned()
         # Replicated small tensors and frozen parts may leave a rank nothing to write; empty boxes only name a tensor.
-        needed = sum(p.tensor.nbytes + ARCHIVE_BYTES for p in self.pieces)
+        needed = sum(p.nbytes + ARCHIVE_BYTES for p in self.pieces)
         if self.group.rank > 0:
             return {"needed": needed}
         json.dumps(self.extra)
@@ -164,7 +164,7 @@ class _Save:
         filled = [p for p in self.pieces if p.box.numel > 0]
         name = data_file_name(self.group.rank)
         rows: list[list[Any]] = [
-            [p.key, p.global_shape, dtype_name(p.tensor.dtype), None] for p in self.pieces if p.box.numel == 0
+            [p.key, p.global_shape, dtype_name(p.dtype), None] for p in self.pieces if p.box.numel == 0
         ]
         if not filled:
             return {"rows": rows, "file": None}
@@ -178,7 +178,7 @@ class _Save:
         for piece, w in zip(filled, written, strict=True):
             place = [w.offset, w.num_bytes, w.xxh3, w.archive_offset, w.archive_bytes]
             boxed = [piece.box.offsets, piece.box.sizes, *place]
-            rows.append([piece.key, piece.global_shape, dtype_name(piece.tensor.dtype), boxed])
+            rows.append([piece.key, piece.global_shape, dtype_name(piece.dtype), boxed])
         return {"rows": rows, "file": [name, file.num_bytes, file.xxh3]}
 
     def _commit(self, written: list[Any]) -> dict[str, Any]:

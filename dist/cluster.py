@@ -43,6 +43,59 @@ class ClusterConfig:
     nvme_paths: list[str] = field(
         default_factory=list, metadata={"help": "folders on local NVMe drives of every host (empty: none)"}
     )
+    nvme_weights: list[float] = field(
+        default_factory=list,
+        metadata={"help": "share of the bytes that each of nvme_paths takes, such as its bandwidth (empty: equal)"},
+    )
+    nvme_read_bytes_per_s: float = field(
+        default=0.0, metadata={"help": "reading from all nvme_paths of a host (0: unknown)", "unit": "bytes/s", "ge": 0}
+    )
+    nvme_write_bytes_per_s: float = field(
+        default=0.0, metadata={"help": "writing to all nvme_paths of a host (0: unknown)", "unit": "bytes/s", "ge": 0}
+    )
+    nvme_mixed_bytes_per_s: float = field(
+        default=0.0,
+        metadata={
+            "help": "sum of both when they are read and written at once (0: unknown)",
+            "unit": "bytes/s",
+            "ge": 0,
+        },
+    )
+    nvme_endurance_bytes: int = field(
+        default=0,
+        metadata={"help": "rated bytes written of all drives of a host (0: unknown)", "unit": "bytes", "ge": 0},
+    )
+    h2d_bytes_per_s: float = field(
+        default=0.0,
+        metadata={"help": "copies from the host to one device alone (0: unknown)", "unit": "bytes/s", "ge": 0},
+    )
+    d2h_bytes_per_s: float = field(
+        default=0.0,
+        metadata={"help": "copies from one device to the host alone (0: unknown)", "unit": "bytes/s", "ge": 0},
+    )
+    duplex_bytes_per_s: float = field(
+        default=0.0,
+        metadata={"help": "sum of both when copies run in both directions (0: unknown)", "unit": "bytes/s", "ge": 0},
+    )
+    host_memory_bytes_per_s: float = field(
+        default=0.0,
+        metadata={"help": "bytes read and written by copies in host memory (0: unknown)", "unit": "bytes/s", "ge": 0},
+    )
+    cpu_adam: str = field(
+        default="torch",
+        metadata={"help": "the faster AdamW kernel on the CPUs of a host", "choices": ("torch", "deepspeed")},
+    )
+    cpu_update_per_s: float = field(
+        default=0.0,
+        metadata={"help": "AdamW updates by the CPUs of a host (0: unknown)", "unit": "parameters/s", "ge": 0},
+    )
+    device_update_per_s: float = field(
+        default=0.0, metadata={"help": "AdamW updates by one device (0: unknown)", "unit": "parameters/s", "ge": 0}
+    )
+    cpu_cast_per_s: float = field(
+        default=0.0,
+        metadata={"help": "fp32 to bf16 by the CPUs of a host (0: unknown)", "unit": "elements/s", "ge": 0},
+    )
 
     def completed(self, device: str = "auto") -> ClusterConfig:
         """Return these facts with the unknown ones filled in from this machine."""

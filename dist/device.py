@@ -5,6 +5,7 @@ Must not know: ranks beyond the local one, models, process groups.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import resource
@@ -12,10 +13,11 @@ import time
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from windlass.dist.errors import ConfigError
+from windlass.dist.errors import ConfigError, OffloadError
 
 # Dense matrix peak of one device, FLOP/s without sparsity, from the vendors' data sheets: (bf16/fp16, fp32 vector).
 PEAK_FLOPS: dict[str, tuple[float, float]] = {
@@ -99,8 +101,74 @@ class Device:
         """Return host memory for copies to and from the device: page-locked with an accelerator, ordinary without."""
         return torch.empty(numel, dtype=dtype, pin_memory=self.kind == "cuda")
 
+    def register(self, memory: torch.Tensor) -> str:
+        """Page-lock host memory at its exact size, for fast copies; return why the driver refuses, or nothing.
+
+        Invariant: `memory` is contiguous and is unregistered before it is freed
+        """
+        if self.kind == "cpu" or memory.numel() == 0:
+            return ""
+        torch.cuda.init()
+        runtime = torch.cuda.cudart()
+        with torch.cuda.device(self.index):
+            code = runtime.cudaHostRegister(memory.data_ptr(), memory.numel() * memory.element_size(), 0)
+            if int(code) == 0:
+                return ""
+            # The driver would report this once more, to whoever launches the next kernel.
+            with contextlib.suppress(RuntimeError):
+                torch.zeros(1, device=self.torch_device)
+        return f"{runtime.cudaGetErrorString(code)} (CUDA error {int(code)})"
+
+    def unregister(self, memory: torch.Tensor) -> None:
+        """Undo `register`.
+
+        Raises: OffloadError if the driver does not know this memory
+        """
+        if self.kind == "cpu" or memory.numel() == 0:
+            return
+        runtime = torch.cuda.cudart()
+        with torch.cuda.device(self.index):
+            code = runtime.cudaHostUnregister(memory.data_ptr())
+        if int(code) != 0:
+            raise OffloadError(
+                f"{memory.numel()} elements of page-locked memory cannot be unlocked: "
+                f"{runtime.cudaGetErrorString(code)}. Only what `register` has locked can be"
+            )
+
+    def mark(self) -> Any:
+        """Return a mark behind all work given to this thread's stream so far, to be passed to `copy`; None on the CPU,
+        where work is done when it returns."""
+        if self.kind == "cpu":
+            return None
+        event = torch.cuda.Event()
+        event.record(torch.cuda.current_stream(self.index))
+        return event
+
+    def copy(self, target: torch.Tensor, source: torch.Tensor, after: Any = None) -> None:
+        """Copy once the device has reached the mark `after`, beside the compute stream; each direction has a stream.
+
+        Both must be there before `after`: memory that the device still used for something else when it was obtained
+        may only be written once that is done.
+
+        Blocks: the calling thread, without the interpreter's lock, until the copy is there
+        """
+        if target.device.type == source.device.type == "cpu":
+            if after is not None:
+                after.synchronize()
+            target.copy_(source)
+            return
+        with torch.cuda.device(self.index):
+            stream = _copy_stream(self.index, f"{source.device.type} to {target.device.type}")
+            with torch.cuda.stream(stream):
+                if after is not None:
+                    stream.wait_event(after)
+                target.copy_(source, non_blocking=True)
+                finished = torch.cuda.Event(blocking=True)  # blocking: without a core that spins
+                finished.record(stream)
+            finished.synchronize()
+
     def use(self) -> None:
-        """Make this the process's current device."""
+        """Make this the calling thread's current device."""
         if self.kind == "cuda":
             torch.cuda.set_device(self.index)
 
@@ -128,6 +196,20 @@ def pick_device(wish: str, local_rank: int = 0) -> Device:
 def num_accelerators() -> int:
     """Return how many CUDA devices this process may use."""
     return torch.cuda.device_count()
+
+
+@lru_cache(maxsize=64)
+def _copy_stream(index: int, direction: str) -> Any:
+    """Return the stream of one direction of copies; the direction only tells streams apart."""
+    return torch.cuda.Stream(index)
+
+
+def available_host_bytes() -> int:
+    """Return how much more memory this host can give without swapping; the control group's limit is not looked at."""
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    return host_bytes()
 
 
 def host_bytes() -> int:

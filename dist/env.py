@@ -19,7 +19,8 @@ from dataclasses import dataclass
 from windlass.dist.errors import ConfigError, WorkerError
 
 LAUNCHERS = ("local", "torchrun", "slurm", "ray", "none")
-FAULT_ACTIONS = ("raise", "kill", "hang", "enospc")
+FAULT_ERRNOS = {"enospc": errno.ENOSPC, "eio": errno.EIO, "einval": errno.EINVAL}
+FAULT_ACTIONS = ("raise", "kill", "hang", *FAULT_ERRNOS)
 
 
 @dataclass(frozen=True)
@@ -234,7 +235,7 @@ def fault(point: str, *, rank: int, step: int | None = None) -> None:
     """Do what WINDLASS_FAULT asks for at this door, on this rank and step; nothing when it is not set.
 
     Blocks: host, for ever, with the action `hang`
-    Raises: WorkerError (`raise`), OSError with ENOSPC (`enospc`)
+    Raises: WorkerError (`raise`), OSError with the error number of that name (`enospc`, `eio`, `einval`)
     """
     text = os.environ.get("WINDLASS_FAULT")
     if not text:
@@ -244,8 +245,8 @@ def fault(point: str, *, rank: int, step: int | None = None) -> None:
         return
     if wanted.action == "kill":
         os.kill(os.getpid(), signal.SIGKILL)
-    if wanted.action == "enospc":
-        raise OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)} (injected at {point})")
+    if (code := FAULT_ERRNOS.get(wanted.action)) is not None:
+        raise OSError(code, f"{os.strerror(code)} (injected at {point})")
     if wanted.action == "hang":
         threading.Event().wait()
     raise WorkerError(f"rank {rank}: fault injected at {point}, step {step} (WINDLASS_FAULT={text})")

@@ -7,6 +7,7 @@
       ModelError         a model folder, preset or user model
       CommError          bytes between ranks: mismatch, timeout, lost peer
       OffloadError       tiers, budgets, NVMe
+        TierOutOfMemory  more was asked of a tier than its budget
       CheckpointError    saving, verifying, restoring
       NumericsError      non-finite loss or gradient
       WorkerError        a rank failed; carries who and the first cause
@@ -58,6 +59,12 @@ class OffloadError(WindlassError):
     """A tier, budget or NVMe operation failed."""
 
     exit_code = 7
+
+
+class TierOutOfMemory(OffloadError):
+    """More was asked of a tier than its budget holds."""
+
+    exit_code = 11
 
 
 class CheckpointError(WindlassError):

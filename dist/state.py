@@ -6,7 +6,7 @@ of one rank (or a plain test double). Must not know: files, stages, units.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -16,17 +16,41 @@ from windlass.dist.box import Box, Shape
 
 
 @dataclass(frozen=True)
-class Piece:
-    """One box of one global tensor, in memory of this rank.
+class Loan:
+    """State that does not rest in memory: `open()` brings it there, until the piece of another record is opened.
 
-    `tensor` has exactly the shape `box.sizes`, is contiguous, and is a view of live memory: reading it captures the
-    state, writing it restores the state.
+    `open` returns the piece's elements; writing them restores the state.
+    """
+
+    dtype: torch.dtype
+    open: Callable[[], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One box of one global tensor of this rank, in memory or to be brought there.
+
+    `tensor` has exactly the shape `box.sizes`, is contiguous, and is a view of live state: reading it captures the
+    state, writing it restores the state. Of state on loan it is good only until another piece's is asked for, so go
+    through pieces in the order in which they come.
     """
 
     key: str  # "model.<parameter name>", "optimizer.<state name>.<parameter name>"
     global_shape: Shape
     box: Box
-    tensor: torch.Tensor
+    source: torch.Tensor | Loan
+
+    @property
+    def tensor(self) -> torch.Tensor:
+        return self.source if isinstance(self.source, torch.Tensor) else self.source.open().view(self.box.sizes)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.source.dtype
+
+    @property
+    def nbytes(self) -> int:
+        return self.box.numel * self.source.dtype.itemsize
 
 
 class StateSource(Protocol):

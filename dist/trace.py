@@ -9,6 +9,7 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import threading
 import time
 from collections import defaultdict, deque
 from pathlib import Path
@@ -42,13 +43,15 @@ class _Span:
     def __exit__(self, *_: object) -> None:
         tracer, start = self._tracer, self._start
         duration = time.perf_counter() - start
-        tracer.busy_s[self._lane] += duration
-        if tracer.enabled:
-            tracer.events.append(Event("X", self._name, self._lane, start, duration, self._args))
+        with tracer.lock:
+            tracer.busy_s[self._lane] += duration
+            if tracer.enabled:
+                tracer.events.append(Event("X", self._name, self._lane, start, duration, self._args))
 
 
 class Tracer:
-    """Records events of one rank. Disabled, a span costs two clock readings and keeps only the lane's total.
+    """Records events of one rank, from any thread. Disabled, a span costs two clock readings and keeps only the lane's
+    total.
 
     Units: seconds of `time.perf_counter`; `epoch_s` is the wall clock at its zero, so that ranks line up.
     """
@@ -58,6 +61,7 @@ class Tracer:
         self.events: deque[Event] = deque(maxlen=capacity)
         self.busy_s: defaultdict[str, float] = defaultdict(float)
         self.epoch_s = time.time() - time.perf_counter()
+        self.lock = threading.Lock()  # two threads may end spans of one lane at the same moment
 
     def span(self, name: str, lane: str, **args: Any) -> _Span:
         """Time a block of code on a lane."""
@@ -66,27 +70,38 @@ class Tracer:
     def instant(self, name: str, lane: str, **args: Any) -> None:
         """Mark a moment."""
         if self.enabled:
-            self.events.append(Event("i", name, lane, time.perf_counter(), 0.0, args))
+            self._append(Event("i", name, lane, time.perf_counter(), 0.0, args))
 
     def counter(self, name: str, **values: float) -> None:
         """Record the present value of one or more quantities, drawn as a graph."""
         if self.enabled:
-            self.events.append(Event("C", name, name, time.perf_counter(), 0.0, values))
+            self._append(Event("C", name, name, time.perf_counter(), 0.0, values))
 
     def take_busy(self) -> dict[str, float]:
         """Return the busy seconds per lane since the last call, and start again from zero."""
-        taken = dict(self.busy_s)
-        self.busy_s.clear()
+        with self.lock:
+            taken = dict(self.busy_s)
+            self.busy_s.clear()
         return taken
+
+    def recorded(self) -> list[Event]:
+        """Return the events so far, while other threads may go on recording."""
+        with self.lock:
+            return list(self.events)
+
+    def _append(self, event: Event) -> None:
+        with self.lock:
+            self.events.append(event)
 
     def write_chrome(self, path: Path, rank: int) -> None:
         """Write the recorded events as `path` (.json or .json.gz), one process per rank, one row per lane."""
-        lanes = {lane: i for i, lane in enumerate(dict.fromkeys(e.lane for e in self.events))}
+        events = self.recorded()
+        lanes = {lane: i for i, lane in enumerate(dict.fromkeys(e.lane for e in events))}
         out: list[dict[str, Any]] = [
             {"ph": "M", "name": "process_name", "pid": rank, "args": {"name": f"rank {rank}"}},
             *({"ph": "M", "name": "thread_name", "pid": rank, "tid": i, "args": {"name": n}} for n, i in lanes.items()),
         ]
-        for event in self.events:
+        for event in events:
             row = {
                 "ph": event.phase,
                 "name": event.name,

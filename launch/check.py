@@ -18,6 +18,7 @@ from windlass.data.mixture import check_data_config
 from windlass.dist.device import pick_device
 from windlass.dist.errors import ConfigError
 from windlass.dist.mesh import Mesh, plan_mesh
+from windlass.launch.drives import missing_folder
 from windlass.launch.job import Key, Loaded, job_keys, show_value
 from windlass.launch.suggest import nearest_key
 from windlass.model.config import check_model
@@ -84,6 +85,7 @@ def check_job(loaded: Loaded, world_size: int, *, to_run: bool = True) -> Mesh:
     _check_precision(loaded)
     _check_zero(loaded, mesh)
     _check_unused(loaded)
+    _check_cluster(loaded, to_run)
     if to_run:
         _check_run(loaded)
         if mesh.sizes["pp"] > 1:
@@ -248,6 +250,24 @@ def _check_unused(loaded: Loaded) -> None:
             f"{loaded.at('parallelism.transport')}: shared memory is between CPU ranks. With train.device = 'cuda' use "
             "auto or group."
         )
+
+
+def _check_cluster(loaded: Loaded, to_run: bool) -> None:
+    cluster = loaded.config.cluster
+    paths, weights = cluster.nvme_paths, cluster.nvme_weights
+    if not paths:
+        _unused(loaded, "cluster.nvme_weights", "without cluster.nvme_paths")
+    elif weights and not (len(weights) == len(paths) and all(math.isfinite(w) and w > 0 for w in weights)):
+        raise ConfigError(
+            f"{loaded.at('cluster.nvme_weights')}: must be {len(paths)} positive numbers, one per folder of "
+            f"cluster.nvme_paths, such as {show_value([1.0] * len(paths))}; or empty, for equal shares."
+        )
+    if len({Path(path).absolute() for path in paths}) < len(paths):
+        raise ConfigError(f"{loaded.at('cluster.nvme_paths')}: a folder stands there twice. Give each of them once.")
+    for path in paths if to_run else ():
+        problem = missing_folder(path)
+        if problem:
+            raise ConfigError(f"{loaded.at('cluster.nvme_paths')}: '{path}': {problem}.")
 
 
 def _check_stages(loaded: Loaded, world_size: int) -> None:

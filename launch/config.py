@@ -8,7 +8,7 @@ the file and line it came from, so that every message can name it. Must not know
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -32,10 +32,21 @@ from windlass.launch.job import (
     show_value,
     value_at,
 )
+from windlass.launch.run_folder import write_atomically
 from windlass.launch.suggest import nearest_key
 from windlass.model.hf_config import resolve_model
 
-__all__ = ["JobConfig", "Loaded", "TrainConfig", "check_job", "job_names", "load_dataclass", "load_job", "to_yaml"]
+__all__ = [
+    "JobConfig",
+    "Loaded",
+    "TrainConfig",
+    "check_job",
+    "job_names",
+    "load_dataclass",
+    "load_job",
+    "to_yaml",
+    "write_keys",
+]
 
 CONFIGS = Path(configs.__path__[0])
 
@@ -145,6 +156,49 @@ def load_dataclass(path: str | Path, group: str) -> Any:
 def to_yaml(config: JobConfig) -> str:
     """Write a whole configuration as YAML that `load_job` reads back to the same."""
     return yaml.safe_dump(_plain(asdict(config)), sort_keys=False, allow_unicode=True, width=120)
+
+
+def write_keys(path: str | Path, group: str, values: Mapping[str, Any], heading: str = "") -> None:
+    """Set keys in a YAML file of one group, atomically; its other keys and its comments stay. A new file begins with
+    `heading` as a comment.
+
+    Raises: ConfigError as `load_dataclass` does, also for a file that was damaged before; or if it cannot be written
+    """
+    file = Path(path)
+    if file.exists():
+        load_dataclass(file, group)
+        text = file.read_text(encoding="utf-8")
+    else:
+        text = "".join(f"# {line}\n" for line in heading.splitlines())
+    try:
+        write_atomically(file, _with_keys(text, values))
+    except OSError as error:
+        raise ConfigError(f"{file}: {error.strerror}. Give a file that can be written.") from error
+
+
+def _with_keys(text: str, values: Mapping[str, Any]) -> str:
+    """Return the text of a mapping with keys set: in their places, or at its end."""
+    # One line per key, whatever the value: the only member of a list in brackets, without them.
+    written = {
+        key: f"{key}: {yaml.safe_dump([value], default_flow_style=True, width=10**6).strip()[1:-1]}"
+        for key, value in values.items()
+    }
+    node = _compose(text, None)[1]
+    pairs = [] if node is None else [(k, v) for k, v in node.value if k.value in written]
+    if isinstance(node, yaml.MappingNode) and node.flow_style:
+        kept = yaml.load(text, _Loader)
+        return yaml.safe_dump({**kept, **values}, sort_keys=False, default_flow_style=None, width=120)
+    for key, value in reversed(pairs):
+        text = text[: key.start_mark.index] + written.pop(key.value) + text[_end(value) :]
+    return "".join([text, "" if text.endswith("\n") or not text else "\n", *(f"{line}\n" for line in written.values())])
+
+
+def _end(node: yaml.Node) -> int:
+    """Return where the text of a node ends; that of a block is taken to reach to the next key, with all comments."""
+    if isinstance(node, yaml.CollectionNode) and not node.flow_style and node.value:
+        last = node.value[-1]
+        return _end(last[1] if isinstance(last, tuple) else last)
+    return cast(int, node.end_mark.index)
 
 
 # -- where files are ---------------------------------------------------------------------------------------------------
@@ -298,16 +352,17 @@ def _construct(loader: _Loader, node: yaml.Node, path: str, place: _Place) -> An
 def _read_size(key: Key | None, value: Any) -> Any:
     """Return 80e9 as a whole number, and "80GB" or "64 GiB" as bytes where bytes are wanted."""
     if key is not None and key.type is int:
-        size = (
-            re.fullmatch(SIZE_PATTERN, value)
-            if isinstance(value, str) and key.metadata.get("unit") == "bytes"
-            else None
-        )
-        if size:
-            value = float(size[1]) * (1024 if size[3] else 1000) ** ("kmgt".index(size[2].lower()) + 1)
+        if isinstance(value, str) and key.metadata.get("unit") == "bytes":
+            value = read_bytes(value) or value
         if isinstance(value, float) and value.is_integer():
             return int(value)
     return value
+
+
+def read_bytes(text: str) -> float | None:
+    """Return the number of bytes that a text such as 80GB or 64 GiB says; None if it says none."""
+    size = re.fullmatch(SIZE_PATTERN, text)
+    return float(size[1]) * (1024 if size[3] else 1000) ** ("kmgt".index(size[2].lower()) + 1) if size else None
 
 
 def _refuse_duplicates(node: yaml.Node, prefix: str, place: _Place) -> None:

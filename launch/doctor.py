@@ -12,7 +12,7 @@ import shutil
 import socket
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -22,6 +22,7 @@ import windlass
 from windlass.dist import env
 from windlass.dist.device import host_bytes, pick_device
 from windlass.dist.errors import ConfigError
+from windlass.launch.drives import IN_MEMORY, file_system, missing_folder, takes_direct
 
 OK, WARNING, MISSING = "ok", "warning", "missing"
 GIB = 2**30
@@ -65,7 +66,7 @@ def examine(run_dir: str = "runs", nvme_paths: Sequence[str] = (), device: str =
         *_memory(),
         *_limits(),
         _folder("disk", "run folder", run_dir),
-        *(_folder("disk", "NVMe", path) for path in nvme_paths),
+        *(_drive(path) for path in nvme_paths),
         *_network(),
         *_optional(),
     ]
@@ -163,6 +164,21 @@ def _folder(topic: str, name: str, path: str) -> Check:
     if usage.free < GIB:
         return Check(topic, name, WARNING, found, "free some space: a checkpoint takes 12 bytes per parameter")
     return Check(topic, name, OK, found)
+
+
+def _drive(path: str) -> Check:
+    problem = missing_folder(path)
+    if problem:
+        return Check("disk", "NVMe", MISSING, f"{path}: {problem}", "correct cluster.nvme_paths, or mount the drive")
+    check = _folder("disk", "NVMe", path)
+    kind, direct = file_system(Path(path)), takes_direct(Path(path))
+    found = f"{check.found}, {kind or 'unknown file system'}" + (", direct transfers" if direct else "")
+    if check.status == OK and kind in IN_MEMORY:
+        return replace(check, status=WARNING, found=found, remedy="this is host memory: give a folder on a drive")
+    if check.status == OK and direct is False:
+        remedy = "transfers go through the page cache and displace host memory: use ext4 or xfs"
+        return replace(check, status=WARNING, found=found, remedy=remedy)
+    return replace(check, found=found)
 
 
 def _network() -> list[Check]:

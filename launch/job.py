@@ -20,6 +20,7 @@ from windlass.launch.metrics import MetricsConfig
 from windlass.launch.profiler import ProfilerConfig
 from windlass.model.config import ModelConfig
 from windlass.model.loss import LossConfig
+from windlass.offload.policy import OffloadConfig
 from windlass.parallel.activation import ActivationConfig
 from windlass.parallel.optim import OptimizerConfig, ScheduleConfig
 from windlass.parallel.pipeline.policy import PipelineConfig
@@ -87,6 +88,7 @@ class JobConfig:
     pipeline: PipelineConfig = field(default_factory=PipelineConfig)
     precision: PrecisionConfig = field(default_factory=PrecisionConfig)
     activation: ActivationConfig = field(default_factory=ActivationConfig)
+    offload: OffloadConfig = field(default_factory=OffloadConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     metrics: MetricsConfig = field(default_factory=MetricsConfig)
     profiler: ProfilerConfig = field(default_factory=ProfilerConfig)

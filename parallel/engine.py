@@ -25,6 +25,7 @@ from windlass.dist.state import Piece
 from windlass.dist.trace import Tracer
 from windlass.model.loss import PLAIN
 from windlass.model.protocol import BlockModel
+from windlass.offload.machine import OffloadMachine
 from windlass.parallel.activation import ActivationConfig
 from windlass.parallel.buffers import Account
 from windlass.parallel.optim import OptimizerConfig
@@ -34,7 +35,9 @@ from windlass.parallel.pipeline.plan import PipelinePlan
 from windlass.parallel.pipeline.schedule import Layout, Schedule
 from windlass.parallel.precision import PrecisionConfig
 from windlass.parallel.stages import build_runner, gathers, hidden_width, realise
-from windlass.parallel.unit import Fill, Unit
+from windlass.parallel.stepper import Stepper
+from windlass.parallel.unit import Unit
+from windlass.parallel.unit_state import Fill
 from windlass.parallel.units import ModelPlan, RankShare, plan_units
 from windlass.parallel.zero import UnitBuilder, ZeroConfig
 
@@ -60,6 +63,7 @@ class Engine:
     The model's parameters are built on the meta device and get their values through `fill(name, start, stop, out_1d)`,
     asked only for the elements this rank holds. `account(state class, bytes)` is told of every buffer. `pipeline` says
     which stages and rows of the vocabulary are where and in what order they run; without one there is one stage.
+    `offload` has the tiers of what does not rest on the device.
 
     Collective:  construction, every step, evaluation; all ranks of the mesh
     Raises:      ModelError if the model has nothing to train or a buffer was left on the meta device
@@ -80,6 +84,7 @@ class Engine:
         tracer: Tracer,
         account: Account,
         pipeline: PipelinePlan | None = None,
+        offload: OffloadMachine | None = None,
     ) -> None:
         self._comm, self._device, self._tracer = comm, device, tracer
         self._precision, self._optimizer = precision, optimizer
@@ -117,13 +122,17 @@ class Engine:
             self._holders(mesh, replicas, share),
             device.torch_device,
             account,
+            offload,
         )
+        self._offload, self._builder = offload, builder
         self._units: list[Unit] = []
         for unit_plan in self.plan.units:
             unit = builder.build(unit_plan, [by_name[p.name] for p in unit_plan.parameters])
-            unit.fill(fill)
+            unit.state.fill(fill)
             self._units.append(unit)
-        self._trainable = [u for u in self._units if u.reducer is not None]
+        builder.finish()
+        trainable = [u for u in self._units if u.reducer is not None]
+        self._stepper = Stepper(trainable, clips=optimizer.clip_norm > 0, machine=offload)
         for unit in self._units:
             if not unit.residency.transient:
                 unit.ready()
@@ -185,8 +194,8 @@ class Engine:
     @optimizer_steps.setter
     def optimizer_steps(self, steps: int) -> None:
         self._steps = steps
-        for unit in self._units:
-            unit.set_optimizer_steps(steps)
+        self._stepper.set_steps(steps)
+        self._builder.set_steps(steps)
 
     def train_step(self, batches: Sequence[Batch], lr: float) -> StepReport:
         """Run one optimizer step over this rank's micro-batches.
@@ -195,6 +204,7 @@ class Engine:
         """
         self._seconds = {}
         waited = self._comm.waited_s
+        self._stepper.begin(lr)
         with self._phase("count"):
             # Every pipeline rank has the same rows.
             tokens = self._global_sum(float(sum(b.num_valid for b in batches)) if self._pp_rank == 0 else 0.0)
@@ -203,12 +213,8 @@ class Engine:
             on_device = [self._put(batch) for batch in batches]
             losses = self._runner.run(self._schedule(len(batches), train=True), on_device, seed)
         with self._phase("reduce"):
-            for unit in self._trainable:
-                assert unit.reducer is not None
-                unit.reducer.finish()
+            squares = self._stepper.settle()
         with self._phase("norm"):
-            own = [u for u in self._trainable if not u.plan.borrowed]
-            squares = [_sum_of_squares(u.reducer.grad) for u in own if u.reducer]
             local = torch.stack([_total(losses), _total(squares)])
             self._world.all_reduce(local, tag="scalar", label="loss and norm").wait()
             loss = local[0].item() * seed
@@ -218,12 +224,11 @@ class Engine:
         with self._phase("step"):
             # The same formula as torch.nn.utils.clip_grad_norm_, so that runs can be compared.
             scale = min(1.0, self._optimizer.clip_norm / (norm + 1e-6)) if self._optimizer.clip_norm else 1.0
-            for unit in self._trainable:
-                if skipped:
-                    unit.skip()
-                else:
-                    unit.step(lr, scale)
+            self._stepper.finish(scale, skipped=skipped)
             self._steps += not skipped
+            self._builder.set_steps(self._steps)
+            if self._offload is not None:
+                self._offload.check_balanced()
         self._device.synchronize()
         return StepReport(loss, int(tokens), norm, skipped, dict(self._seconds), self._comm.waited_s - waited)
 
@@ -268,14 +273,14 @@ class Engine:
         """Rebuild compute parameters after a restore. Collective through publish."""
         for unit in self._units:
             unit.residency.writable()
-            unit.refresh()
+            unit.state.refresh()
 
     def _pieces(self, mine_only: bool) -> Iterator[Piece]:
         for unit in self._units:
             if mine_only and unit.plan.borrowed:
                 continue
             low, high = unit.plan.box(self._shards.rank) if mine_only else (unit.low, unit.high)
-            yield from unit.pieces(low, high)
+            yield from unit.state.pieces(low, high, write=not mine_only)
 
     # ----------------------------------------------------------------------------------------------------------------
 
@@ -298,9 +303,3 @@ class Engine:
 def _total(values: Sequence[torch.Tensor]) -> torch.Tensor:
     """Return the sum in fp64 on the host, zero of none."""
     return torch.stack([v.double() for v in values]).sum().cpu() if values else torch.zeros((), dtype=torch.float64)
-
-
-def _sum_of_squares(flat: torch.Tensor) -> torch.Tensor:
-    """Return the sum of squares in fp64; 16-bit gradients are summed in fp32."""
-    dtype = torch.float32 if flat.dtype == torch.bfloat16 else flat.dtype
-    return torch.linalg.vector_norm(flat, dtype=dtype).double().square()

@@ -1,17 +1,27 @@
 """Optimizers and the learning-rate schedule: policies, and the updates they stand for.
 
-The update itself is torch's fused kernel, which runs at memory speed on CPU and CUDA. Must not know: what is sharded
-where; it sees flat 1-D tensors.
+The update itself is torch's fused kernel, which runs at memory speed on CPU and CUDA, or DeepSpeed's on the CPU for who
+asks for it. Must not know: what is sharded where; it sees flat 1-D tensors.
 """
 
 from __future__ import annotations
 
 import math
+import threading
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any
 
 import torch
 
+from windlass.dist.deepspeed_ops import load_op
+from windlass.dist.errors import OffloadError
+
 Tensors = list[torch.Tensor]
+ADAM_KERNELS = ("torch", "deepspeed")
+_DEEPSPEED_ID = 1 << 30  # DeepSpeed counts its own optimizers from 0
+_DEEPSPEED_LOCK = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -78,65 +88,154 @@ def learning_rate(optimizer: OptimizerConfig, schedule: ScheduleConfig, step: in
     return floor + (peak - floor) * shape
 
 
-class FlatOptimizer:
-    """Updates one flat range of master weights in place, its first `cut` elements with weight decay.
+def adamw_(
+    weights: torch.Tensor,
+    gradient: torch.Tensor,
+    exp_avg: torch.Tensor,
+    exp_avg_sq: torch.Tensor,
+    steps: torch.Tensor,
+    *,
+    lr: float,
+    config: OptimizerConfig,
+    decay: float,
+    kernel: str = "torch",
+) -> None:
+    """Make one AdamW update in place. `steps` counts the updates, this one included; `kernel` is one of `ADAM_KERNELS`.
 
-    State tensors are flat like the weights and exist from the start, so a checkpoint restores into them and no step
-    allocates. The kernels are the ones behind `torch.optim.AdamW(fused=True)` and `SGD(fused=True)`, called directly:
-    the classes import torch's compiler when the first one is built, seconds of every start.
+    torch's releases the GIL while it runs; DeepSpeed's, the one of `DeepSpeedCPUAdam`, holds it: the process does
+    nothing else meanwhile.
+
+    Shapes:      the first four: 1-D, alike, one dtype (fp32 on the CPU with deepspeed); steps: fp32 scalar
+    Raises:      OffloadError if DeepSpeed's kernel cannot be built, or is asked for anything but fp32 on the CPU
     """
-
-    def __init__(self, config: OptimizerConfig, weights: torch.Tensor, cut: int) -> None:
-        self._config = config
-        self.state = {name: torch.zeros_like(weights) for name in config.state_names}
-        self._steps = torch.zeros((), dtype=torch.float32, device=weights.device)
-        parts = ((slice(0, cut), config.weight_decay), (slice(cut, weights.numel()), 0.0))
-        self._parts = [(part, decay) for part, decay in parts if part.start < part.stop]
-        self._weights = weights
-
-    def set_steps(self, steps: int) -> None:
-        """Say how many updates were made, for bias correction."""
-        self._steps.fill_(steps)
-
-    @torch.no_grad()
-    def update(self, gradient: torch.Tensor, lr: float) -> None:
-        """Make one update.
-
-        Shapes:      gradient: like the weights, in their dtype
-        """
-        self._steps += 1
-        kernel = self._adamw if self._config.name == "adamw" else self._sgd
-        for part, decay in self._parts:
-            kernel([self._weights[part]], [gradient[part]], [[s[part]] for s in self.state.values()], lr, decay)
-
-    def _adamw(self, weights: Tensors, gradients: Tensors, state: list[Tensors], lr: float, decay: float) -> None:
+    tensors = (weights, gradient, exp_avg, exp_avg_sq)
+    if kernel == "torch":
         torch._fused_adamw_(
-            weights,
-            gradients,
-            state[0],
-            state[1],
+            [weights],
+            [gradient],
+            [exp_avg],
+            [exp_avg_sq],
             [],
-            [self._steps],
+            [steps],
             lr=lr,
-            beta1=self._config.betas[0],
-            beta2=self._config.betas[1],
+            beta1=config.betas[0],
+            beta2=config.betas[1],
             weight_decay=decay,
-            eps=self._config.eps,
+            eps=config.eps,
             amsgrad=False,
             maximize=False,
         )
+        return
+    if any(t.dtype != torch.float32 or t.device.type != "cpu" for t in tensors):
+        raise OffloadError(
+            f"offload.adam = 'deepspeed': updates fp32 in host memory, these weights are {weights.dtype} on "
+            f"{weights.device}, their gradient {gradient.dtype}. Use offload.adam=torch."
+        )
+    op = load_deepspeed_adam()
+    rest = (lr, *config.betas, config.eps, decay, True)
+    with _DEEPSPEED_LOCK:
+        # It keeps powers of the betas from call to call, multiplied up or raised anew as steps happen to follow one
+        # another; an empty update of step 0 makes it raise them anew, so that a resumed run gives the same bits.
+        op.adam_update(_DEEPSPEED_ID, 0, *rest, *(t[:0] for t in tensors))
+        op.adam_update(_DEEPSPEED_ID, int(steps.item()), *rest, *tensors)
 
-    def _sgd(self, weights: Tensors, gradients: Tensors, state: list[Tensors], lr: float, decay: float) -> None:
+
+@lru_cache(maxsize=1)
+def load_deepspeed_adam() -> Any:
+    """Return DeepSpeed's module of CPU Adam with one optimizer of ours made.
+
+    Blocks:      host, about a minute when it has to be compiled
+    Raises:      OffloadError if it cannot be
+    """
+    op = load_op("cpu_adam", "offload.adam = 'deepspeed'", "offload.adam=torch")
+    op.create_adam(_DEEPSPEED_ID, 1e-3, 0.9, 0.999, 1e-8, 0.0, True, False)
+    return op
+
+
+class UpdateKernel:
+    """One optimizer update of a flat range, wherever that is: the same arithmetic for a whole unit and a part of it.
+
+    The kernels are the ones behind `torch.optim.AdamW(fused=True)` and `SGD(fused=True)`, called directly: the classes
+    import torch's compiler when the first one is built, seconds of every start. `adam` is the kernel of AdamW.
+    Invariant:   safe to call from several threads at once
+    """
+
+    def __init__(self, config: OptimizerConfig, adam: str = "torch") -> None:
+        if adam not in ADAM_KERNELS:
+            raise OffloadError(f"offload.adam = {adam!r}: must be one of {', '.join(ADAM_KERNELS)}.")
+        if adam == "deepspeed" and config.name == "adamw":
+            load_deepspeed_adam()  # now, not in the middle of a step
+        self.config, self.adam = config, adam
+
+    @torch.no_grad()
+    def update(
+        self,
+        weights: torch.Tensor,
+        gradient: torch.Tensor,
+        state: Sequence[torch.Tensor],
+        *,
+        cut: int,
+        steps: int,
+        lr: float,
+    ) -> None:
+        """Make one update in place, the first `cut` elements with weight decay; `steps` counts it from 1.
+
+        Shapes:      weights, gradient and each state: 1-D, alike, one dtype
+        """
+        cut = min(max(cut, 0), weights.numel())
+        for part, decay in ((slice(0, cut), self.config.weight_decay), (slice(cut, weights.numel()), 0.0)):
+            if part.start == part.stop:
+                continue
+            parts = weights[part], gradient[part], [s[part] for s in state]
+            if self.config.name == "adamw":
+                self._adamw(*parts, steps, lr, decay)
+            else:
+                self._sgd(*parts, lr, decay)
+
+    def _adamw(
+        self, weights: torch.Tensor, gradient: torch.Tensor, state: Tensors, steps: int, lr: float, decay: float
+    ) -> None:
+        count = torch.full((), steps, dtype=torch.float32, device=weights.device)
+        config, kernel = self.config, self.adam if weights.device.type == "cpu" else "torch"
+        adamw_(weights, gradient, state[0], state[1], count, lr=lr, config=config, decay=decay, kernel=kernel)
+
+    def _sgd(self, weights: torch.Tensor, gradient: torch.Tensor, state: Tensors, lr: float, decay: float) -> None:
         # A zero momentum buffer equals torch's copy of the first gradient, because dampening is 0.
         torch._fused_sgd_(
-            weights,
-            gradients,
-            state[0] if state else [],
+            [weights],
+            [gradient],
+            state,
             weight_decay=decay,
-            momentum=self._config.momentum,
+            momentum=self.config.momentum,
             lr=lr,
             dampening=0.0,
             nesterov=False,
             maximize=False,
             is_first_step=False,
         )
+
+
+class FlatOptimizer:
+    """Updates one flat range of master weights in place, its first `cut` elements with weight decay.
+
+    State tensors are flat like the weights and exist from the start, so a checkpoint restores into them and no step
+    allocates.
+    """
+
+    def __init__(self, kernel: UpdateKernel, weights: torch.Tensor, cut: int) -> None:
+        self.state = {name: torch.zeros_like(weights) for name in kernel.config.state_names}
+        self._kernel, self._weights, self._cut = kernel, weights, cut
+        self._steps = 0
+
+    def set_steps(self, steps: int) -> None:
+        """Say how many updates were made, for bias correction."""
+        self._steps = steps
+
+    def update(self, gradient: torch.Tensor, lr: float) -> None:
+        """Make one update.
+
+        Shapes:      gradient: like the weights, in their dtype
+        """
+        self._steps += 1
+        state = list(self.state.values())
+        self._kernel.update(self._weights, gradient, state, cut=self._cut, steps=self._steps, lr=lr)

@@ -14,7 +14,9 @@ from typing import Protocol
 import torch
 
 from windlass.dist.comm import Group, Pending, Symmetric
+from windlass.offload.machine import OffloadMachine
 from windlass.parallel.buffers import GradSlot, SlotPool
+from windlass.parallel.gradient_home import GradientHome, StaysOnDevice
 from windlass.parallel.units import ParameterPlan, UnitPlan
 
 Gradients = Iterable[tuple[ParameterPlan, torch.Tensor]]
@@ -24,6 +26,7 @@ class Reducer(Protocol):
     """The gradients of one unit during one step."""
 
     grad: torch.Tensor  # own box, (shard_numel,): after `finish` the sum over all ranks and micro-batches
+    home: GradientHome  # where that goes
 
     def add(self, gradients: Gradients) -> None:
         """Add the gradients of one use of the unit in this micro-batch."""
@@ -34,8 +37,11 @@ class Reducer(Protocol):
     def complete(self, last: bool) -> None:
         """Say that this micro-batch adds no more (`last`: nor does this step); may start reducing."""
 
+    def settle(self) -> None:
+        """Wait until `grad` holds what was completed so far."""
+
     def finish(self) -> None:
-        """Wait until `grad` holds the sum over all ranks."""
+        """Wait until `grad` holds the sum over all ranks. Collective where there are replicas."""
 
     def for_update(self) -> torch.Tensor:
         """Return the gradients of the part this rank updates, free to be overwritten."""
@@ -83,7 +89,15 @@ class ReduceAtStep:
     is formed in the same order as in the sharded stages and the stages are bitwise equal.
     """
 
-    def __init__(self, plan: UnitPlan, symmetric: Symmetric, replicas: Group | None, replicated: bool) -> None:
+    def __init__(
+        self,
+        plan: UnitPlan,
+        symmetric: Symmetric,
+        replicas: Group | None,
+        replicated: bool,
+        machine: OffloadMachine | None = None,
+    ) -> None:
+        self.home: GradientHome = StaysOnDevice(symmetric.mine, plan.name, machine)
         self._symmetric = symmetric
         self._replicas = replicas
         self._replicated = replicated
@@ -107,6 +121,9 @@ class ReduceAtStep:
             self._accumulator.close(self._symmetric.tensor)
             self._pending = self._symmetric.reduce_scatter(self.grad, accumulate=False, tag="grad", label=self._label)
 
+    def settle(self) -> None:
+        """It is reduced once, at the end."""
+
     def finish(self) -> None:
         assert self._pending is not None
         self._pending.wait()
@@ -129,8 +146,8 @@ class ReduceAtStep:
 class ReduceInBackward:
     """Only the own box stays; a unit's gradients are reduced as soon as its backward is done (stages 2 and 3)."""
 
-    def __init__(self, plan: UnitPlan, shard: torch.Tensor, slots: SlotPool, replicas: Group | None) -> None:
-        self._plan = plan
+    def __init__(self, plan: UnitPlan, home: GradientHome, slots: SlotPool, replicas: Group | None) -> None:
+        self._plan, self.home = plan, home
         self._slots = slots
         self._replicas = replicas
         self._label = f"grad {plan.name}"
@@ -140,7 +157,7 @@ class ReduceInBackward:
         self._last_slot: GradSlot | None = None
         self._pending: Pending[None] | None = None
         self._accumulate = False
-        self.grad = shard
+        self.grad = torch.empty(0)  # the home's buffer, once something was completed
 
     def add(self, gradients: Gradients) -> None:
         self._accumulator.add(self._filling().symmetric.tensor, gradients)
@@ -154,17 +171,18 @@ class ReduceInBackward:
         return self._slot
 
     def complete(self, last: bool) -> None:
-        self._settle()  # two reductions into one shard must not run in either order
+        self.settle()  # two reductions into one shard must not run in either order
         slot, self._slot = self._filling(), None
         self._accumulator.close(slot.symmetric.tensor)
         slot.held = False
+        self.grad = self.home.take(accumulate=self._accumulate)
         slot.pending = self._pending = slot.symmetric.reduce_scatter(
             self.grad, accumulate=self._accumulate, tag="grad", label=self._label
         )
         self._last_slot = slot
         self._accumulate = not last
 
-    def _settle(self) -> None:
+    def settle(self) -> None:
         """Wait for this unit's latest reduction, unless whoever took its slot since has done so."""
         if self._last_slot is not None and self._last_slot.pending is self._pending:
             self._last_slot.settle()
@@ -172,7 +190,7 @@ class ReduceInBackward:
 
     def finish(self) -> None:
         assert self._last_slot is not None
-        self._settle()
+        self.settle()
         if self._replicas is not None:
             self._replicas.all_reduce(self.grad, tag="grad", label=self._label).wait()
 

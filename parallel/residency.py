@@ -1,7 +1,7 @@
 """Where a unit's compute parameters are between uses: always here, or gathered on use.
 
-One protocol, two members. The walk calls `start` early, `ready` when it needs the bytes, `release` when it does not;
-the stepper writes the own box between `writable` and `publish`. Must not know: gradients, optimizers, models.
+One protocol. The walk calls `approach` early, `ready` when it needs the bytes, `release` when it does not; the stepper
+writes the own box between `writable` and `publish`. Must not know: gradients, optimizers, models.
 Source: Rajbhandari et al. 2020, arXiv:1910.02054, section 5.
 """
 
@@ -21,6 +21,10 @@ class Residency(Protocol):
     own: torch.Tensor  # the part this rank updates: (shard_numel,), or the whole when replicated
     held_bytes: int  # held between steps, without gather buffers
     transient: bool  # the whole unit exists only between `start` and `release`
+    reach: int  # how many parts ahead `approach` has something to begin
+
+    def approach(self, distance: int) -> None:
+        """Begin what is due when the walk is this many parts away. Collective of the shard group, in walk order."""
 
     def start(self) -> None:
         """Begin to bring the whole unit here. Collective of the shard group, in walk order."""
@@ -42,10 +46,14 @@ class Replicated:
     """Every rank holds and updates the whole unit (stage 0, and frozen units of stages 0-2)."""
 
     transient = False
+    reach = 0
 
     def __init__(self, flat: torch.Tensor) -> None:
         self.own = flat
         self.held_bytes = flat.nbytes
+
+    def approach(self, distance: int) -> None:
+        """It is here."""
 
     def start(self) -> None:
         """Nothing to bring."""
@@ -67,6 +75,7 @@ class Resident:
     """Every rank holds the whole unit and updates its own box, which is gathered after the step (stages 1 and 2)."""
 
     transient = False
+    reach = 0
 
     def __init__(self, symmetric: Symmetric, name: str) -> None:
         self._symmetric = symmetric
@@ -74,6 +83,9 @@ class Resident:
         self._pending: Pending[None] | None = None
         self.own = symmetric.mine
         self.held_bytes = symmetric.tensor.nbytes
+
+    def approach(self, distance: int) -> None:
+        """The gather began at `publish`."""
 
     def start(self) -> None:
         """The gather began at `publish`."""
@@ -96,11 +108,15 @@ class Resident:
 
 
 class GatherOnUse:
-    """Every rank holds its own box; the whole exists only between `start` and `release` (stage 3)."""
+    """Every rank holds its own box; the whole exists only between `start` and `release` (stage 3).
+
+    The gather begins `reach` parts ahead of the use.
+    """
 
     transient = True
 
-    def __init__(self, symmetric: Symmetric, padded: int, pool: BufferPool, name: str) -> None:
+    def __init__(self, symmetric: Symmetric, padded: int, pool: BufferPool, name: str, reach: int) -> None:
+        self.reach = reach
         self._symmetric = symmetric
         self._padded = padded
         self._pool = pool
@@ -109,6 +125,10 @@ class GatherOnUse:
         self._pending: Pending[None] | None = None
         self.own = symmetric.tensor
         self.held_bytes = symmetric.tensor.nbytes
+
+    def approach(self, distance: int) -> None:
+        if distance <= self.reach:
+            self.start()
 
     def start(self) -> None:
         if self._flat is None:

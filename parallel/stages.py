@@ -76,9 +76,7 @@ def build_runner(
         wants_input = not span.begins and begins < span.first + 1
         if span.begins and share.shard is not None and plan.vocab is not None:
             wants_input = plan.units[plan.vocab[0]].trainable
-        walks[span.number] = Walk(
-            steps, prefetch=0 if scheduled else zero.prefetch, wants_input=wants_input, split=split, tracer=tracer
-        )
+        walks[span.number] = Walk(steps, wants_input=wants_input, split=split, tracer=tracer)
     vocabulary = None
     if share.shard is not None and plan.vocab is not None:
         head_module: Any = model.head

@@ -71,9 +71,11 @@ class Walk:
     Invariant: every rank issues the same gathers and reductions in the same order, because the order is the list.
     """
 
-    def __init__(self, steps: Sequence[Step], *, prefetch: int, wants_input: bool, split: bool, tracer: Tracer) -> None:
+    def __init__(self, steps: Sequence[Step], *, wants_input: bool, split: bool, tracer: Tracer) -> None:
         self.steps = list(steps)
-        self._prefetch, self._split, self._tracer = prefetch, split, tracer
+        self._split, self._tracer = split, tracer
+        # Where the schedule gathers, it also says when.
+        self._reach = max((u.residency.reach for s in steps for u in s.units if not s.scheduled), default=0)
         last = len(self.steps) - 1
         trainable = [i for i, s in enumerate(self.steps) if any(u.reducer is not None for u in s.units)]
         # The backward walk ends at the first part that has something to train, or somebody before it who waits.
@@ -259,9 +261,9 @@ class Walk:
 
     def _bring(self, order: Sequence[int], position: int) -> None:
         """Make this part's units ready, and begin to gather those of the next parts in walk order."""
-        for ahead in order[position : position + 1 + self._prefetch]:
+        for distance, ahead in enumerate(order[position : position + 1 + self._reach]):
             for unit in self.steps[ahead].units:
-                unit.residency.start()
+                unit.residency.approach(distance)
         for unit in self.steps[order[position]].units:
             unit.ready()
 

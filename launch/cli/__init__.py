@@ -14,7 +14,20 @@ import typer
 
 import windlass
 from windlass.dist.errors import WindlassError
-from windlass.launch.cli import checkpoint, config, data, doctor, draw, evaluate, plan, quickstart, train
+from windlass.launch.cli import (
+    bench,
+    checkpoint,
+    config,
+    data,
+    doctor,
+    draw,
+    evaluate,
+    import_,
+    plan,
+    quickstart,
+    trace,
+    train,
+)
 
 HELP = """Train models far larger than device memory, on one GPU or a cluster, without losing work.
 
@@ -59,9 +72,12 @@ draw.register(app)
 doctor.register(app)
 quickstart.register(app)
 evaluate.register(app)
+trace.register(app)
 app.add_typer(config.app, name="config")
 app.add_typer(data.app, name="data")
+app.add_typer(import_.app, name="import")
 app.add_typer(checkpoint.app, name="checkpoint")
+app.add_typer(bench.app, name="bench")
 
 
 def main(arguments: list[str] | None = None) -> NoReturn:

@@ -258,7 +258,7 @@ def train_with_a_poisoned_step(comm: Comm, case: Case) -> tuple[list[bool], list
         reports.append(engine.train_step(batches[comm.world.rank :: comm.world.size], LR))
         if i == 1:
             for unit in engine._units:
-                unit.fill(reference.fill)
+                unit.state.fill(reference.fill)
     return [r.skipped for r in reports], [r.loss for r in reports], engine.optimizer_steps
 
 

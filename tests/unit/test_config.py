@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from windlass.dist.errors import ConfigError
-from windlass.launch.config import load_dataclass, load_job, to_yaml
+from windlass.launch.config import load_dataclass, load_job, to_yaml, write_keys
 from windlass.launch.job import JobConfig, job_keys
 
 
@@ -215,6 +215,43 @@ def test_a_file_of_one_group_is_read_with_the_same_care(tmp_path: Path) -> None:
     assert (cluster.nodes, cluster.device_bytes) == (4, 80_000_000_000)
     with pytest.raises(ConfigError, match=r"cluster\.node .*did you mean 'cluster.nodes'"):
         load_dataclass(job(tmp_path, "node: 4\n", "bad.yaml"), "cluster")
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        (None, "# facts\nnodes: 8\nnvme_paths: ['/a: b', /c]\n"),
+        ("", "nodes: 8\nnvme_paths: ['/a: b', /c]\n"),
+        (
+            "# racks\nnodes: 2  # two\nhost_bytes: 5GB",
+            "# racks\nnodes: 8  # two\nhost_bytes: 5GB\nnvme_paths: ['/a: b', /c]\n",
+        ),
+        (
+            "nvme_paths:\n  - /x  # old\n  - /y\n\n# racks\nhost_bytes: 5GB\n",
+            "nvme_paths: ['/a: b', /c]\n\n# racks\nhost_bytes: 5GB\nnodes: 8\n",
+        ),
+        ("nvme_paths:\n- /x\nnodes:\n", "nvme_paths: ['/a: b', /c]\nnodes: 8\n"),
+        ("{nodes: 2, cpu_adam: torch}\n", "cpu_adam: torch\nnodes: 8\nnvme_paths: ['/a: b', /c]\n"),
+    ],
+)
+def test_keys_are_set_in_a_file_that_keeps_the_rest(tmp_path: Path, before: str | None, after: str) -> None:
+    path = tmp_path / "cluster.yaml"
+    if before is not None:
+        path.write_text(before)
+    write_keys(path, "cluster", {"nodes": 8, "nvme_paths": ["/a: b", "/c"]}, heading="facts")
+    assert sorted(path.read_text().splitlines()) == sorted(after.splitlines())
+    cluster = load_dataclass(path, "cluster")
+    assert (cluster.nodes, cluster.nvme_paths) == (8, ["/a: b", "/c"])
+    assert cluster.host_bytes == (5_000_000_000 if before and "5GB" in before else 0)
+
+
+def test_a_file_that_cannot_be_read_or_written_stays_as_it_is(tmp_path: Path) -> None:
+    path = job(tmp_path, "node: 4\n", "cluster.yaml")
+    with pytest.raises(ConfigError, match="did you mean 'cluster.nodes'"):
+        write_keys(path, "cluster", {"nodes": 8})
+    assert Path(path).read_text() == "node: 4\n"
+    with pytest.raises(ConfigError, match="Give a file that can be written"):
+        write_keys(tmp_path / "no" / "cluster.yaml", "cluster", {"nodes": 8})
 
 
 def test_every_key_has_a_meaning() -> None:

@@ -52,6 +52,13 @@ def told(tmp_path: Path, *overrides: str, world: int = 2, to_run: bool = False) 
         (["model.positions=learned", "model.rope_theta=5"], ["model.rope_theta", "no effect"]),
         (["model.num_heads=5", "model.hidden_size=192"], ["model."]),
         (["zero.stage=3", "zero.reshard=run"], ["zero.reshard = 'run'", "auto, each, turnaround or never"]),
+        (["cluster.nvme_weights=[1, 2]"], ["cluster.nvme_weights = [1.0, 2.0]", "no effect", "cluster.nvme_paths"]),
+        (
+            ["cluster.nvme_paths=[a, b]", "cluster.nvme_weights=[1]"],
+            ["cluster.nvme_weights = [1.0]", "2 positive numbers", "such as [1.0, 1.0]"],
+        ),
+        (["cluster.nvme_paths=[a]", "cluster.nvme_weights=[0]"], ["cluster.nvme_weights = [0.0]", "positive"]),
+        (["cluster.nvme_paths=[a, a]"], ["cluster.nvme_paths = ['a', 'a']", "twice"]),
         (["pipeline.schedule=zbv"], ["pipeline.schedule = 'zbv'", "no effect", "parallelism.pp = 1"]),
         (["pipeline.vocab_chunk=64"], ["pipeline.vocab_chunk = 64", "no effect", "parallelism.pp = 1"]),
     ],
@@ -95,6 +102,15 @@ def test_a_vocabulary_share_of_zero_and_a_schedule_file_are_legal(tmp_path: Path
     schedule.write_text("")
     path.write_text(f"parallelism: {{pp: 2}}\npipeline: {{vocab_shares: [0, 1], schedule: {schedule}}}\n")
     assert check_job(load_job(path), 2, to_run=False).size("dp") == 1
+
+
+def test_a_folder_for_state_that_is_missing_stops_a_run_but_not_a_plan_for_other_machines(tmp_path: Path) -> None:
+    (tmp_path / "nvme0").mkdir()
+    overrides = [f"cluster.nvme_paths=[{tmp_path}/nvm0]"]
+    text = told(tmp_path, *overrides, to_run=True)
+    assert "cluster.nvme_paths" in text and f"did you mean '{tmp_path}/nvme0'?" in text
+    assert not (tmp_path / "nvm0").exists()
+    assert check_job(load_job(tmp_path / "job.yaml", overrides), 1, to_run=False).world_size == 1
 
 
 def test_a_mesh_that_does_not_divide_the_ranks_names_those_that_do(tmp_path: Path) -> None:

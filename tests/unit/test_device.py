@@ -1,13 +1,17 @@
 """The device face and the facts about this machine, on the CPU."""
 
 import mmap
+from contextlib import nullcontext
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
+from windlass.dist import device as device_module
 from windlass.dist.cluster import ClusterConfig, detect_cluster
-from windlass.dist.device import Device, host_bytes, pick_device
-from windlass.dist.errors import ConfigError
+from windlass.dist.device import Device, available_host_bytes, host_bytes, pick_device
+from windlass.dist.errors import ConfigError, OffloadError
 
 
 def test_the_cpu_reports_memory_and_its_peak() -> None:
@@ -61,3 +65,89 @@ def test_given_cluster_facts_win_over_detected_ones() -> None:
     )
     given = ClusterConfig(nodes=8, device_bytes=80 << 30).completed("cpu")
     assert (given.nodes, given.device_bytes, given.host_bytes) == (8, 80 << 30, found.host_bytes)
+
+
+# -- copies and page-locked memory -----------------------------------------------------------------------------------
+
+
+def test_on_the_cpu_a_copy_is_a_copy_and_nothing_is_locked() -> None:
+    device, target, source = Device("cpu"), torch.zeros(5), torch.arange(5.0)
+    device.copy(target, source, device.mark())
+    assert torch.equal(target, source) and device.mark() is None
+    assert device.register(target) == "" and available_host_bytes() > 0
+    device.unregister(target)
+
+
+class FakeCuda:
+    """Stands for torch.cuda: writes down what is asked of streams and events."""
+
+    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+        self.calls: list[str] = []
+        fake, self.codes = self, {"cudaHostRegister": 0, "cudaHostUnregister": 0}
+
+        class Event:
+            def __init__(self, blocking: bool = False) -> None:
+                self.name = "blocking event" if blocking else "mark"
+
+            def record(self, stream: Any) -> None:
+                fake.calls.append(f"{stream.name} records {self.name}")
+
+            def synchronize(self) -> None:
+                fake.calls.append(f"host waits for {self.name}")
+
+        def stream(name: str) -> Any:
+            return SimpleNamespace(name=name, wait_event=lambda e: fake.calls.append(f"{name} waits for {e.name}"))
+
+        def call(name: str, *args: Any) -> int:
+            fake.calls.append(name)
+            return fake.codes[name]
+
+        patch.setattr(torch.cuda, "Event", Event)
+        patch.setattr(torch.cuda, "Stream", lambda index: stream(f"side stream of {index}"))
+        patch.setattr(torch.cuda, "current_stream", lambda index: stream("compute"))
+        patch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
+        patch.setattr(torch.cuda, "device", lambda index: nullcontext())
+        patch.setattr(torch.cuda, "init", lambda: None)
+        runtime = {name: lambda *args, n=name: call(n, *args) for name in self.codes}
+        patch.setattr(
+            torch.cuda, "cudart", lambda: SimpleNamespace(cudaGetErrorString=lambda c: "out of memory", **runtime)
+        )
+        patch.setattr(torch, "zeros", lambda *_, device: fake.calls.append(f"zeros on {device}"))
+
+
+@pytest.fixture
+def cuda(monkeypatch: pytest.MonkeyPatch) -> Any:
+    device_module._copy_stream.cache_clear()
+    yield FakeCuda(monkeypatch)
+    device_module._copy_stream.cache_clear()
+
+
+def test_a_copy_waits_for_the_mark_on_its_own_stream_and_the_thread_for_the_copy(cuda: FakeCuda) -> None:
+    device, host, remote = Device("cuda", 1), torch.ones(4), torch.ones(4, device="meta")
+    device.copy(remote, host, device.mark())
+    device.copy(remote, host)
+    assert cuda.calls == [
+        "compute records mark",
+        "side stream of 1 waits for mark",
+        "side stream of 1 records blocking event",
+        "host waits for blocking event",
+        "side stream of 1 records blocking event",
+        "host waits for blocking event",
+    ]
+    assert device_module._copy_stream.cache_info().currsize == 1
+    cuda.calls.clear()
+    target = torch.empty(4)
+    device.copy(target, host, device.mark())
+    assert cuda.calls == ["compute records mark", "host waits for mark"] and torch.equal(target, host)
+
+
+def test_a_refusal_of_the_driver_is_told_and_does_not_linger(cuda: FakeCuda) -> None:
+    device, memory = Device("cuda"), torch.ones(4)
+    assert device.register(memory) == "" and cuda.calls == ["cudaHostRegister"]
+    device.unregister(memory)
+    cuda.codes = {"cudaHostRegister": 2, "cudaHostUnregister": 713}
+    cuda.calls.clear()
+    assert device.register(memory) == "out of memory (CUDA error 2)"
+    assert cuda.calls == ["cudaHostRegister", "zeros on cuda:0"]
+    with pytest.raises(OffloadError, match="4 elements of page-locked memory cannot be unlocked"):
+        device.unregister(memory)

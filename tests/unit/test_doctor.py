@@ -47,7 +47,23 @@ def test_a_run_folder_that_is_a_file_is_missing(tmp_path: Path) -> None:
 
 
 def test_folders_on_nvme_are_looked_at(tmp_path: Path) -> None:
-    assert found(examine(str(tmp_path), nvme_paths=[str(tmp_path)]), "NVMe").status == OK
+    check = found(examine(str(tmp_path), nvme_paths=[str(tmp_path)]), "NVMe")
+    assert check.status in (OK, WARNING) and "GiB free" in check.found
+    missing = found(examine(str(tmp_path), nvme_paths=[f"{tmp_path}/nowhere"]), "NVMe")
+    assert missing.status == MISSING and "no such folder" in missing.found and "mount the drive" in missing.remedy
+
+
+@pytest.mark.parametrize(
+    ("kind", "direct", "status", "words"),
+    [("xfs", True, OK, ""), ("tmpfs", True, WARNING, "host memory"), ("nfs", False, WARNING, "page cache")],
+)
+def test_what_would_be_no_drive_is_a_warning(
+    kind: str, direct: bool, status: str, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(doctor, "file_system", lambda _: kind)
+    monkeypatch.setattr(doctor, "takes_direct", lambda _: direct)
+    check = found(examine(nvme_paths=[str(tmp_path)]), "NVMe")
+    assert check.status == status and words in check.remedy and kind in check.found
 
 
 def test_an_interface_that_is_not_up_is_found(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import threading
 from pathlib import Path
 
 import pytest
@@ -51,3 +52,23 @@ def test_a_written_trace_is_chromes_format(tmp_path: Path, name: str) -> None:
     names = {r["tid"]: r["args"]["name"] for r in rows if r["name"] == "thread_name"}
     assert names[by_phase["X"]["tid"]] == "comm" and names[by_phase["i"]["tid"]] == "compute"
     assert by_phase["X"]["ts"] <= by_phase["i"]["ts"] <= by_phase["X"]["ts"] + by_phase["X"]["dur"]
+
+
+def test_threads_may_share_a_lane_while_another_writes_the_trace(tmp_path: Path) -> None:
+    tracer = Tracer(enabled=True)
+
+    def work() -> None:
+        for _ in range(2000):
+            with tracer.span("read", "file read"):
+                pass
+
+    threads = [threading.Thread(target=work) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    busy = 0.0
+    while any(thread.is_alive() for thread in threads):
+        busy += tracer.take_busy().get("file read", 0.0)
+        tracer.write_chrome(tmp_path / "trace.json", rank=0)
+    busy += tracer.take_busy().get("file read", 0.0)
+    events = tracer.recorded()
+    assert len(events) == 6000 and busy == pytest.approx(sum(e.duration_s for e in events))

@@ -1,0 +1,236 @@
+"""The tiers of one rank at work: lanes, host memory, files and the store over them, built from a plan.
+
+Who trains asks it for buffers and gives it tasks; which policy made the plan it cannot know.
+Must not know: layers, what the numbers mean, ranks other than its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from windlass.dist.device import Device
+from windlass.dist.errors import OffloadError
+from windlass.dist.trace import Tracer
+from windlass.offload.engines import build_engine
+from windlass.offload.lane import LaneCounters, Lanes
+from windlass.offload.ledger import TierLedger
+from windlass.offload.loans import Loans
+from windlass.offload.nvme import Extent, StateFile
+from windlass.offload.placement import OffloadPlan, UnitPlacement, pages
+from windlass.offload.policy import OffloadConfig
+from windlass.offload.slabs import HostMemory, SlabPool
+from windlass.offload.store import TensorStore
+
+DEVICE_RECORDS = 2  # records on the device while they are updated there: one comes or goes while one is updated
+
+
+@dataclass(frozen=True)
+class Drives:
+    """Folders on the drives of this host, and how much of the bytes each takes (empty: equal shares).
+
+    `identity` is what must be equal for an earlier run's files to be of use.
+    """
+
+    paths: Sequence[str] = ()
+    weights: Sequence[float] = ()
+    identity: str = ""
+    rank: int = 0
+
+
+def state_key(unit: str, chunk: int) -> str:
+    """Return the key of one record of optimizer state."""
+    return f"{unit}/state/{chunk}"
+
+
+def param_key(unit: str) -> str:
+    """Return the key of a unit's parameters where they rest apart from the master weights."""
+    return f"{unit}/param"
+
+
+def grad_key(unit: str) -> str:
+    """Return the key of a unit's reduced gradient."""
+    return f"{unit}/grad"
+
+
+class DeviceMemory:
+    """Memory of the device in bytes, booked before it is taken: on a CPU too, so that its budget binds."""
+
+    def __init__(self, ledger: TierLedger, device: torch.device, state: str = "") -> None:
+        self._ledger, self._device, self._state = ledger, device, state
+
+    def allocate(self, num_bytes: int, state: str, requester: str) -> torch.Tensor:
+        """Return zeroed bytes, (num_bytes,) uint8, booked as `state` unless this memory is for one class only.
+
+        Raises:  TierOutOfMemory if the budget does not hold them
+        """
+        self._ledger.add("device", self._state or state, num_bytes, requester)
+        return torch.zeros(num_bytes, dtype=torch.uint8, device=self._device)
+
+
+class OffloadMachine:
+    """Everything that one rank needs to keep state off its device.
+
+    `resumed` holds the steps whose state an earlier run of the same identity left whole on the drives, newest first.
+    Raises:  TierOutOfMemory if a budget does not hold what rests on its tier; OffloadError for drives that cannot be
+             used
+    """
+
+    def __init__(
+        self,
+        plan: OffloadPlan,
+        config: OffloadConfig,
+        *,
+        device: Device,
+        ledger: TierLedger,
+        tracer: Tracer,
+        drives: Drives,
+        warn: Callable[[str], None],
+        resume: bool = False,
+    ) -> None:
+        self.plan, self.device, self.ledger, self.adam = plan, device, ledger, config.adam.replace("auto", "torch")
+        self.lanes = Lanes(tracer, rates=config.throttle, watchdog_s=config.watchdog_s, prepare=device.use)
+        self.host = HostMemory(ledger, device)
+        self.on_device = DeviceMemory(ledger, device.torch_device)
+        self.store = TensorStore(self.lanes)
+        self.loans = Loans(self.store, self.lanes)
+        self._pools: list[SlabPool] = []
+        self.resumed: list[Any] = []
+        try:
+            self._place_records(config, drives, warn, resume)
+            self._make_pools()
+        except BaseException:
+            self.close()
+            raise
+
+    # -- building ----------------------------------------------------------------------------------------------------
+
+    def _place_records(self, config: OffloadConfig, drives: Drives, warn: Callable[[str], None], resume: bool) -> None:
+        extents: list[tuple[Extent, str]] = []
+        for unit in self.plan.units:
+            extents += self._place_unit(unit)
+        if not extents:
+            return
+        if not drives.paths:
+            needed = sum(e.num_bytes * e.slots for e, _ in extents)
+            raise OffloadError(
+                f"offload: {needed:,} bytes of this rank are to rest on nvme, but cluster.nvme_paths is empty. Give a "
+                "folder on a drive of this host, or another offload.policy"
+            )
+        split = _share_out([e for e, _ in extents], drives.weights or [1.0] * len(drives.paths))
+        for extent, state in extents:
+            self.ledger.add("nvme", state, extent.num_bytes * extent.slots, extent.key)
+        opened: list[StateFile] = []
+        self.store.use_files(opened)
+        identity = {"identity": drives.identity, "shadow": self.plan.shadowed}
+        options: dict[str, Any] = {"checksums": config.checksums, "identity": identity, "warn": warn}
+        for path, own in zip(drives.paths, split, strict=True):
+            file = None
+            if resume:
+                engine = build_engine(config.engine)
+                file = StateFile.reopen(Path(path), drives.rank, own, engine=engine, **options)
+            if file is None:
+                engine = build_engine(config.engine)
+                file = StateFile.create(Path(path), drives.rank, own, engine=engine, **options)
+            opened.append(file)
+        self.files = opened
+        for number, own in enumerate(split):
+            for extent in own:
+                self.store.add_file(extent.key, extent.num_bytes, extent.slots, number)
+        steps = [{c.step: c for c in file.commits()} for file in opened]
+        common = sorted(set.intersection(*(set(s) for s in steps)), reverse=True)
+        self.resumed = [(step, steps[0][step].extra) for step in common]
+
+    def _place_unit(self, unit: UnitPlacement) -> list[tuple[Extent, str]]:
+        """Take host memory for what rests there, and return the extents of what rests on nvme."""
+        plan, on_file = self.plan, []
+        slots = 2 if plan.shadowed else 1
+        for tier, source in (("host", self.host), ("device", self.on_device)):
+            here = [(i, c) for i, c in enumerate(unit.chunks) if c.tier == tier]
+            total = sum(plan.record_bytes(c) for _, c in here)
+            memory = [source.allocate(total, "optimizer", f"{unit.name}/state") for _ in range(slots if here else 0)]
+            first = 0
+            for i, chunk in here:
+                size = plan.record_bytes(chunk)
+                self.store.add_host(state_key(unit.name, i), [m[first : first + size] for m in memory])
+                first += size
+        for i, chunk in enumerate(unit.chunks):
+            if chunk.tier == "nvme":
+                on_file.append((Extent(state_key(unit.name, i), plan.record_bytes(chunk), slots), "optimizer"))
+        rests = [(param_key(unit.name), unit.param, "param", plan.sizes.param)] if self.has_param_record(unit) else []
+        if unit.grad != "device" and plan.keeps_gradients:
+            rests.append((grad_key(unit.name), unit.grad, "grad", plan.sizes.reduce))
+        for key, tier, state, itemsize in rests:
+            size = pages(unit.numel * itemsize)
+            if tier == "host":
+                self.store.add_host(key, [self.host.allocate(size, state, key)])
+            else:
+                on_file.append((Extent(key, size, 1), state))
+        return on_file
+
+    def has_param_record(self, unit: UnitPlacement) -> bool:
+        """Return whether a unit's parameters rest off the device in a record of their own."""
+        return unit.param != "device" and not self.plan.shares_master(unit)
+
+    def _make_pools(self) -> None:
+        plan = self.plan
+        chunks = [(u, c) for u in plan.units for c in u.chunks]
+        on_nvme = [plan.record_bytes(c) for _, c in chunks if c.tier == "nvme"]
+        self.records = self._pool("records", max(on_nvme, default=0), plan.slabs + plan.cache, self.host)
+        if self.records is not None:
+            self.store.use_slabs(self.records)
+        fetched = [u.numel for u in plan.units if u.param == "nvme"]
+        size = pages(min(plan.chunk, max(fetched, default=0)) * plan.sizes.param)
+        self.params = self._pool("parameters", size, plan.slabs, self.host)
+        # A chunk may take two at once: its gradient comes through one, its new parameters leave through another.
+        self.staged = self._pool("staging", plan.staging_bytes, max(2, plan.slabs), self.host)
+        on_device = [
+            plan.device_record_bytes(u, c) for u, c in chunks if c.update_on == "device" and c.tier != "device"
+        ]
+        self.device_records = self._pool("device records", max(on_device, default=0), DEVICE_RECORDS, self.on_device)
+
+    def _pool(self, name: str, slab_bytes: int, count: int, memory: HostMemory | DeviceMemory) -> SlabPool | None:
+        if not slab_bytes:
+            return None
+        pool = SlabPool(memory, slab_bytes, count, name)
+        self._pools.append(pool)
+        return pool
+
+    # -- at work -----------------------------------------------------------------------------------------------------
+
+    def check_balanced(self) -> None:
+        """Raise OffloadError if a slab or a record is still in use: at the end of a step nothing is under way."""
+        self.store.check_balanced()
+        for pool in self._pools:
+            pool.check_balanced(kept=len(self.store.kept) if pool is self.records else 0)
+
+    def take_counters(self) -> dict[str, LaneCounters]:
+        """Return what every lane did since the last call."""
+        return self.lanes.take_counters()
+
+    def close(self) -> None:
+        """Drop what has not begun, close files, give memory back. Never waits for a lane."""
+        self.lanes.close()
+        self.store.close()
+        self.host.close()
+
+    def __enter__(self) -> OffloadMachine:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _share_out(extents: Sequence[Extent], weights: Sequence[float]) -> list[list[Extent]]:
+    """Give each extent to the drive that has least of its share so far."""
+    split: list[list[Extent]] = [[] for _ in weights]
+    given = [0.0] * len(weights)
+    for extent in extents:
+        drive = min(range(len(weights)), key=lambda i: (given[i] + extent.num_bytes) / weights[i])
+        split[drive].append(extent)
+        given[drive] += extent.num_bytes
+    return split

@@ -1,0 +1,153 @@
+"""Bytes of one rank by tier and class of state under a plan: what rests where, and the buffers that moving it takes.
+
+Classes are those that the runtime books in the ledger. `optimizer`: records of master weights and moments; units whose
+state stays on the device hold master and moments there apart. `slab`: buffers for what is on its way, in host memory
+between nvme and the device, on the device for records that are updated there. `grad` on the device has buffers that
+gradients pass through on their way off it; `gather` is whole parameters in use or ahead, `shard` own parts of them that
+were fetched.
+Must not know: models, activations, what else a process holds.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable
+
+from windlass.offload.placement import OffloadPlan, UnitPlacement, pages
+from windlass.offload.workload import Workload, kept_parts
+
+DEVICE_RECORDS = 2  # records on the device at a time, while they are updated there
+GRAD_BUFFERS = 2  # gradients of a size on their way off the device
+
+
+def plan_bytes(plan: OffloadPlan, work: Workload) -> dict[str, dict[str, int]]:
+    """Return the bytes of one rank by tier and class, at rest and in buffers."""
+    held: dict[str, Counter[str]] = {"device": Counter(), "host": Counter(), "nvme": Counter()}
+    for unit, facts in zip(plan.units, work.units, strict=True):
+        whole = unit.numel if facts.sharded else unit.numel * work.num_shards
+        if unit.param == "device":
+            held["device"]["param"] += whole * plan.sizes.param
+        elif not plan.shares_master(unit):
+            held[unit.param]["param"] += pages(unit.numel * plan.sizes.param)
+        if facts.trainable:
+            _add_states(held, plan, work, unit)
+            if unit.grad == "device":
+                whole = unit.numel * (work.num_shards if facts.whole_gradient else 1)
+                held["device"]["grad"] += whole * plan.sizes.reduce
+            elif plan.keeps_gradients:
+                held[unit.grad]["grad"] += pages(unit.numel * plan.sizes.reduce)
+    device, size = held["device"], plan.sizes
+    device["grad"] += sum(count * pages(n * size.reduce) for n, count in gradient_buffers(plan, work).items())
+    device["gather"] += sum(count * n * size.param for n, count in gather_buffers(plan, work).items())
+    device["shard"] += sum(count * n * size.param for n, count in shard_buffers(plan, work).items())
+    device["slab"] += DEVICE_RECORDS * device_slab_bytes(plan)
+    for slab, count in ((slab_bytes(plan), plan.slabs + plan.cache), (param_slab_bytes(plan), plan.slabs)):
+        held["host"]["slab"] += slab * count
+    held["host"]["slab"] += plan.staging_bytes * staging_slabs(plan)
+    return {tier: {name: n for name, n in classes.items() if n} for tier, classes in held.items()}
+
+
+def footprints(plan: OffloadPlan, work: Workload) -> dict[str, int]:
+    """Return the bytes by tier that a plan takes in all."""
+    return {tier: sum(classes.values()) for tier, classes in plan_bytes(plan, work).items()}
+
+
+def _add_states(held: dict[str, Counter[str]], plan: OffloadPlan, work: Workload, unit: UnitPlacement) -> None:
+    """Count the master weights and moments of a unit."""
+    if not unit.offloaded:
+        held["device"]["master"] += 0 if plan.sizes.one_copy else unit.numel * plan.sizes.master
+        held["device"].update(dict.fromkeys(work.state_names, unit.numel * plan.sizes.master))
+    for chunk in unit.chunks:
+        held[chunk.tier]["optimizer"] += plan.record_bytes(chunk) * (2 if plan.shadowed else 1)
+
+
+# -- buffers -----------------------------------------------------------------------------------------------------------
+
+
+def slab_bytes(plan: OffloadPlan) -> int:
+    """Return the bytes of one slab for records of nvme."""
+    return max((plan.record_bytes(c) for u in plan.units for c in u.chunks if c.tier == "nvme"), default=0)
+
+
+def param_slab_bytes(plan: OffloadPlan) -> int:
+    """Return the bytes of one slab for parameters on their way from nvme."""
+    fetched = max((u.numel for u in plan.units if u.param == "nvme"), default=0)
+    return pages(min(plan.chunk, fetched) * plan.sizes.param)
+
+
+def staging_slabs(plan: OffloadPlan) -> int:
+    """Return how many slabs there are for what passes through host memory: a chunk may take two at once."""
+    return max(2, plan.slabs)
+
+
+def device_slab_bytes(plan: OffloadPlan) -> int:
+    """Return the bytes of one device buffer for a record that is updated there."""
+    moving = ((u, c) for u in plan.units for c in u.chunks if c.update_on == "device" and c.tier != "device")
+    return pages(max((plan.device_record_bytes(u, c) for u, c in moving), default=0))
+
+
+def gradient_buffers(plan: OffloadPlan, work: Workload) -> dict[int, int]:
+    """Return the device buffers through which gradients leave: elements of one, and how many."""
+    leaving = Counter(u.numel for u, f in zip(plan.units, work.units, strict=True) if f.trainable and leaves(u))
+    return {numel: min(GRAD_BUFFERS, users) for numel, users in leaving.items()}
+
+
+def leaves(unit: UnitPlacement) -> bool:
+    """Return whether a unit's gradient goes off the device before it is used."""
+    return unit.grad != "device"
+
+
+def ahead_of(plan: OffloadPlan) -> tuple[int, int, int]:
+    """Return how many parts ahead parameters are read, copied and gathered; no stage is ahead of the one before it."""
+    gather = plan.lookahead[2]
+    host = max(plan.lookahead[1], gather)
+    return max(plan.lookahead[0], host), host, gather
+
+
+def gather_buffers(plan: OffloadPlan, work: Workload) -> dict[int, int]:
+    """Return the device buffers for whole units: elements of one, and how many are in use at once.
+
+    A single rank copies from the host straight into them, so they are taken when that begins.
+    """
+    alone = work.num_shards == 1
+
+    def ahead(u: int) -> int | None:
+        if plan.units[u].param != "device":
+            return ahead_of(plan)[1 if alone else 2]
+        return None if alone or not work.units[u].sharded else work.prefetch
+
+    found = _most_ahead(plan, work, ahead, kept_parts(work, plan.window))
+    return {numel * work.num_shards: count for numel, count in found.items()}
+
+
+def shard_buffers(plan: OffloadPlan, work: Workload) -> dict[int, int]:
+    """Return the device buffers for a rank's own part of units that are fetched and then gathered."""
+    if work.num_shards == 1:
+        return {}
+    return _most_ahead(plan, work, lambda u: ahead_of(plan)[1] if plan.units[u].param != "device" else None, set())
+
+
+def _most_ahead(
+    plan: OffloadPlan, work: Workload, ahead: Callable[[int], int | None], kept: set[int]
+) -> dict[int, int]:
+    """Go through forward and backward and return the most buffers of each size that are in use at once.
+
+    `ahead` says how many parts before its use a unit takes one; None: never.
+    """
+    most: Counter[int] = Counter()
+    last = len(work.parts) - 1
+    forward, backward = list(range(last + 1)), list(range(last, work.first_backward - 1, -1))
+
+    def count(order: list[int], position: int, stays: Iterable[int]) -> None:
+        units: set[int] = set()
+        for distance, part in enumerate(order[position:]):
+            units.update(u for u in work.parts[part].units if (reach := ahead(u)) is not None and distance <= reach)
+        units.update(u for part in stays for u in work.parts[part].units if ahead(u) is not None)
+        for numel, number in Counter(plan.units[u].numel for u in units).items():
+            most[numel] = max(most[numel], number)
+
+    for position, part in enumerate(forward):
+        count(forward, position, (p for p in kept if p < part))
+    for position, part in enumerate(backward):
+        count(backward, position, (p for p in kept if p < part))
+    return dict(most)
