@@ -47,8 +47,8 @@ from head_to_head import (
     run_rounds,
     warn_of_slow_bf16,
 )
+from offload_lanes import CACHED, run_part
 from offload_lanes import PARTS as LANE_PARTS
-from offload_lanes import run_part
 from ranks import RankFailed
 from rich import box
 from rich.console import Console
@@ -73,6 +73,7 @@ OURS: dict[str, dict[str, Any]] = {
     f"windlass-{policy}": {"policy": policy}
     for policy in ("zero-offload", "superpipeline", "mlp-offload", "zero-infinity", "fuyou")
 }
+OURS["windlass-mlp-offload"]["cache"] = CACHED
 SIDES = (*PEERS, *OURS)
 
 

@@ -5,16 +5,18 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from offload_windlass import offload_plan, unit_facts
+from offload_windlass import offload_plan
 from workload import Workload
 
+from windlass.offload.compile import build_program
 from windlass.offload.policy import OffloadConfig
-from windlass.offload.program import build_program
 from windlass.offload.rates import Rates
 from windlass.offload.simulate import simulate
 from windlass.offload.workload import PartWork
 from windlass.offload.workload import Workload as Work
+from windlass.parallel.offloading import unit_facts
 from windlass.parallel.units import plan_units
+from windlass.parallel.zero import ZeroConfig
 
 
 def predicted_step_s(workload: Workload, offload: Mapping[str, Any], rates: Rates, computing_s: float) -> float:
@@ -30,7 +32,7 @@ def predicted_step_s(workload: Workload, offload: Mapping[str, Any], rates: Rate
     weights = [0 if p.role == "embed" else sum(units.units[u].numel for u in p.units) for p in parts]
     each = computing_s / sum(weights)
     work = Work(
-        unit_facts(units, 3),
+        tuple(unit_facts(units, ZeroConfig(stage=3))),
         tuple(
             PartWork(part.name, part.units, weight * each / 3, weight * each * 2 / 3)
             for part, weight in zip(parts, weights, strict=True)

@@ -16,38 +16,24 @@ from windlass.dist.device import Device
 from windlass.dist.trace import Tracer
 from windlass.offload.ledger import TierLedger
 from windlass.offload.machine import Drives, OffloadMachine
-from windlass.offload.placement import OffloadPlan, Sizes, UnitFacts, plan_offload
+from windlass.offload.placement import OffloadPlan, plan_offload
 from windlass.offload.policy import OffloadConfig
+from windlass.parallel.offloading import element_sizes, unit_facts
 from windlass.parallel.optim import OptimizerConfig
 from windlass.parallel.precision import PrecisionConfig
-from windlass.parallel.units import ModelPlan, plan_units
+from windlass.parallel.units import plan_units
+from windlass.parallel.zero import ZeroConfig
 
 
-def offload_plan(workload: Workload, offload: OffloadConfig, *, stage: int = 3) -> OffloadPlan | None:
+def offload_plan(
+    workload: Workload, offload: OffloadConfig, *, stage: int = 3, num_micro_batches: int = 1
+) -> OffloadPlan | None:
     """Return where one rank's state rests under a policy."""
     model, _ = workload.empty_model()
+    facts = unit_facts(plan_units(model, workload.world_size), ZeroConfig(stage=stage))
     precision = PrecisionConfig(param="bf16" if workload.bf16 else "fp32")
-    sizes = Sizes(
-        param=precision.param_dtype.itemsize,
-        reduce=precision.reduce_dtype.itemsize,
-        master=precision.master_dtype.itemsize,
-        num_states=len(OptimizerConfig().state_names),
-    )
-    return plan_offload(offload, unit_facts(plan_units(model, workload.world_size), stage), sizes)
-
-
-def unit_facts(plan: ModelPlan, stage: int) -> tuple[UnitFacts, ...]:
-    """Return what placement needs of the units of a rank at a ZeRO stage."""
-    return tuple(
-        UnitFacts(
-            unit.name,
-            unit.shard_numel if stage else unit.padded,
-            unit.trainable,
-            whole_gradient=unit.reduce_once or stage < 2,
-            sharded=stage == 3,
-        )
-        for unit in plan.units
-    )
+    sizes = element_sizes(precision, OptimizerConfig())
+    return plan_offload(offload, facts, sizes, clips=workload.clip > 0, accumulates=num_micro_batches > 1)
 
 
 class WindlassSteps:
@@ -62,10 +48,11 @@ class WindlassSteps:
         stage: int = 3,
         device: str = "cpu",
         recompute: bool = False,
+        num_micro_batches: int = 1,
     ) -> None:
-        self.workload, self.ledger = workload, TierLedger()
+        self.workload, self.num_micro_batches, self.ledger = workload, num_micro_batches, TierLedger()
         self.machine: OffloadMachine | None = None
-        self.plan = offload_plan(workload, offload, stage=stage)
+        self.plan = offload_plan(workload, offload, stage=stage, num_micro_batches=num_micro_batches)
         self.phases: list[dict[str, float]] = []
         self.lanes: list[dict[str, dict[str, float]]] = []
         self.norms: list[float] = []
@@ -93,14 +80,13 @@ class WindlassSteps:
             account=lambda state, num_bytes: self.ledger.add("device", state, num_bytes),
         )
 
-    def step(self, index: int, num_micro_batches: int = 1) -> float:
+    def step(self, index: int) -> float:
         """Train on the batches of a step and return the global loss."""
-        batches = [self.workload.batch(index * num_micro_batches + i) for i in range(num_micro_batches)]
+        batches = [self.workload.batch(index * self.num_micro_batches + i) for i in range(self.num_micro_batches)]
         report = self.engine.train_step(batches, self.workload.lr)
         self.phases.append(dict(report.seconds))
         self.norms.append(report.grad_norm)
-        counters = {} if self.machine is None else self.machine.take_counters()
-        self.lanes.append({lane: asdict(counter) for lane, counter in counters.items()})
+        self.lanes.append({lane: asdict(counter) for lane, counter in report.lanes.items()})
         return float(report.loss)
 
     def facts(self, first: int, last: int) -> dict[str, Any]:

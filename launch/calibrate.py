@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 
 from windlass.dist.device import Device, host_bytes
@@ -27,6 +28,7 @@ from windlass.parallel.optim import OptimizerConfig, UpdateKernel
 
 MIB = 1 << 20
 ROUNDS = 5
+BUSY_PERCENT = 25
 BUFFER_BYTES = 256 * MIB  # at least; more where the cache is large
 PIECE_BYTES = 32 * MIB  # of one copy
 CHUNK = 4 << 20  # elements of one update, as offload.chunk
@@ -85,6 +87,12 @@ def calibrate(
     Raises:      OffloadError for a path that cannot hold the file; the files have no names and are gone afterwards
     """
     notes = []
+    busy = psutil.cpu_percent(interval=0.3)
+    if busy > BUSY_PERCENT:
+        notes.append(
+            f"Other programs kept the cores {busy:.0f} % busy when this began, so figures are lower than the machine "
+            "allows. Measure again when they have ended."
+        )
     with ExitStack() as stack:
         progress(0.0, "memory")
         figures = _memory_figures(device)

@@ -64,7 +64,7 @@ class Imported:
 
 def _yaml(value: Any) -> str:
     """Write a value on one line: JSON, which is YAML, but for plain words."""
-    plain = isinstance(value, str) and re.fullmatch("[a-z][a-z-]*", value) and value not in ("null", "true", "false")
+    plain = isinstance(value, str) and re.fullmatch("[a-z][a-z0-9-]*", value) and value not in ("null", "true", "false")
     return str(value) if plain else json.dumps(value, ensure_ascii=False)
 
 

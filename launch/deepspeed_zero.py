@@ -136,7 +136,7 @@ def _files(t: Translation, tiers: dict[str, str]) -> None:
             path = t.text(key)
             if not path:
                 raise ConfigError(f"{section}.device = 'nvme': {section}.nvme_path is missing. Give the folder to use.")
-            paths.setdefault(path, key)
+            paths.setdefault(path.rstrip("/") or "/", key)
         elif key in t.given:
             t.note(key, f"nothing of it rests on nvme ({section}.device)")
     if paths:

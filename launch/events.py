@@ -73,6 +73,7 @@ class Stepped(Event):
     bytes_by_tier: dict[str, int]
     comm_bytes: int  # received by this rank in this step
     eta_s: float
+    lanes: dict[str, dict[str, float]] = field(default_factory=dict)  # busy_s, stalled_s, bytes of each lane of tiers
 
 
 @dataclass(frozen=True)

@@ -34,9 +34,23 @@ def step_line(window: Sequence[Stepped]) -> str:
         f"mfu: {mean([s.mfu for s in window]):.2%}",
         f"data_ms: {1000 * sum(s.data_s for s in window) / len(window):.0f}",
         f"stall_ms: {1000 * sum(s.stall_s for s in window) / len(window):.0f}",
+        *_lane_parts(window),
         f"eta: {duration(last.eta_s)}",
     ]
     return " ".join(parts) + (" (skipped)" if last.skipped else "")
+
+
+def _lane_parts(window: Sequence[Stepped]) -> list[str]:
+    """Say how long a step waited for tiers, and what it moved from and to nvme."""
+    if not any(s.lanes for s in window):
+        return []
+    waited = sum(lane["stalled_s"] for s in window for lane in s.lanes.values()) / len(window)
+    parts = [f"tier_stall_ms: {1000 * waited:.0f}"]
+    for direction in ("read", "write"):
+        moved = sum(c["bytes"] for s in window for lane, c in s.lanes.items() if lane.startswith(f"file {direction}"))
+        if moved:
+            parts.append(f"nvme_{direction}: {size(moved / len(window))}")
+    return parts
 
 
 def line_of(event: Event) -> str | None:

@@ -13,7 +13,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import final
+from typing import Any, final
 
 from windlass.checkpoint.save import SaveReport, save
 from windlass.data.loader import Loader
@@ -29,12 +29,22 @@ from windlass.launch.job import JobConfig
 from windlass.launch.metrics import build_sinks
 from windlass.launch.plan import Plan, make_plan
 from windlass.launch.profiler import StepProfiler
-from windlass.launch.resume import Progress, checkpoint_extra, versions
+from windlass.launch.resume import Progress, check_order, checkpoint_extra, versions
 from windlass.launch.run_folder import RunFolder, RunLock
-from windlass.launch.start import check_same, find_checkpoint_to_resume, go_on, start_values, to_be_restored
+from windlass.launch.start import (
+    check_same,
+    find_checkpoint_to_resume,
+    go_on,
+    go_on_from_drives,
+    start_values,
+    step_of,
+    to_be_restored,
+)
+from windlass.launch.tiers import adopt_newest, build_machine, tier_limits
 from windlass.launch.trainer import Trainer
 from windlass.model.build import build_model
 from windlass.offload.ledger import TIERS, TierLedger
+from windlass.offload.machine import OffloadMachine
 from windlass.parallel.engine import Engine
 
 
@@ -54,6 +64,7 @@ class Run:
     comm: Comm
     plan: Plan
     engine: Engine
+    offload: OffloadMachine | None
     progress: Progress
     loader: Loader
     profiler: StepProfiler
@@ -87,12 +98,9 @@ class Run:
         """Return the bytes received from other ranks so far."""
         return self.comm.ledger.total().wire_bytes
 
-    def save(self, step: int, tokens: int) -> SaveReport:
-        """Save a checkpoint.
-
-        Collective: every rank
-        """
-        extra = checkpoint_extra(
+    def facts(self, step: int, tokens: int) -> dict[str, Any]:
+        """Return what is kept with the state after a step."""
+        return checkpoint_extra(
             self.config,
             self.inputs.identity,
             self.num_ranks,
@@ -101,7 +109,23 @@ class Run:
             tokens=tokens,
             optimizer_steps=self.engine.optimizer_steps,
         )
-        keep = self.config.checkpoint.keep
+
+    def commit_step(self, step: int, tokens: int) -> None:
+        """Make a step durable where the drives hold all of the state and always have one whole step.
+
+        Blocks:     host
+        Invariant:  no rank overwrites anything of the step before until every rank has done this, because the first
+                    thing in the next step is a sum over all ranks
+        """
+        if self.offload is not None and self.offload.durable:
+            self.offload.store.make_durable(step, self.facts(step, tokens))
+
+    def save(self, step: int, tokens: int) -> SaveReport:
+        """Save a checkpoint.
+
+        Collective: every rank
+        """
+        extra, keep = self.facts(step, tokens), self.config.checkpoint.keep
         return save(self.folder.checkpoints, step, self.engine, extra, self.world, keep=keep, tracer=self.tracer)
 
     def ended(
@@ -194,7 +218,7 @@ def build_run(config: JobConfig, env: ProcessEnv) -> Run:
             plan = make_plan(config, env.world_size, config.cluster, device.kind, activations=False)
             folder, events = _open_folder(config, env.rank, stack)
         with clock.phase("ranks"):
-            tracer, ledger = Tracer(), TierLedger()
+            tracer, ledger = Tracer(), TierLedger(tier_limits(config))
             parallelism = config.parallelism
             comm = stack.enter_context(
                 Comm.start(env, device, transport=parallelism.transport, timeout_s=parallelism.timeout_s, tracer=tracer)
@@ -205,8 +229,24 @@ def build_run(config: JobConfig, env: ProcessEnv) -> Run:
                 comm.world,
                 {"config": asdict(config), "pipeline": actions, "plan": plan.as_json(), "versions": versions()},
             )
+        with clock.phase("tiers"):
+            offload = build_machine(
+                config,
+                plan.offload_of(mesh.index_along("pp", env.rank)),
+                env=env,
+                device=device,
+                ledger=ledger,
+                tracer=tracer,
+                warn=lambda message: events.warn(0, message),
+            )
+            if offload is not None:
+                stack.enter_context(offload)
         with clock.phase("checkpoint"):
             checkpoint, passed_over = find_checkpoint_to_resume(config, folder, comm.world)
+            on_drives = adopt_newest(offload, comm.world, -1 if checkpoint is None else step_of(checkpoint))
+            if on_drives is not None:
+                check_order(on_drives.extra, inputs.identity, "state on nvme")
+                checkpoint = None
         with clock.phase("engine"):
             engine = Engine(
                 model,
@@ -221,9 +261,13 @@ def build_run(config: JobConfig, env: ProcessEnv) -> Run:
                 tracer=tracer,
                 account=lambda state, num_bytes: ledger.add("device", state, num_bytes),
                 pipeline=plan.pipeline,
+                offload=offload,
             )
         with clock.phase("restore"):
-            progress = go_on(config, inputs.identity, engine, comm.world, checkpoint, passed_over)
+            if on_drives is None:
+                progress = go_on(config, inputs.identity, engine, comm.world, checkpoint, passed_over)
+            else:
+                progress = go_on_from_drives(config, engine, comm.world, on_drives.extra)
         with clock.phase("loader"):
             loader = stack.enter_context(inputs.loader(progress.consumed))
             profiler = StepProfiler(config.profiler, folder.traces, env.rank, tracer)
@@ -239,6 +283,7 @@ def build_run(config: JobConfig, env: ProcessEnv) -> Run:
             comm=comm,
             plan=plan,
             engine=engine,
+            offload=offload,
             progress=progress,
             loader=loader,
             profiler=profiler,

@@ -126,6 +126,20 @@ def go_on(
     )
 
 
+def go_on_from_drives(config: JobConfig, engine: Restorable, world: Peers, extra: Mapping[str, Any]) -> Progress:
+    """Return where the run stands whose state was found whole on the drives."""
+    check_model_settings(extra, config, "state on nvme")
+    engine.optimizer_steps = extra["optimizer_steps"]
+    where = "state on nvme"
+    changed = changes(extra, config, world.size)
+    return Progress(extra["step"], extra["consumed"], extra["tokens"], where, 0.0, [], changed)
+
+
+def step_of(checkpoint: Path) -> int:
+    """Return the step that a checkpoint holds."""
+    return read_manifest(checkpoint).step
+
+
 def start_values(config: JobConfig, model: BlockModel, stack: ExitStack) -> Fill:
     """Return what gives parameters their first values: a Hugging Face folder, or streams keyed by parameter name."""
     if config.model.hf_folder:

@@ -95,6 +95,7 @@ class Trainer:
         self.step += 1
         self.tokens += report.tokens
         self.productive_s += 0.0 if report.skipped else step_s
+        run.commit_step(self.step, self.tokens)
         run.events.emit(self._stepped(report, rate, (first, run.loader.consumed), step_s, data_s))
         self._check_finite(report)
 
@@ -130,6 +131,10 @@ class Trainer:
             bytes_by_tier={tier: num_bytes for tier in run.tiers if (num_bytes := run.ledger.current(tier))},
             comm_bytes=spent,
             eta_s=per_step * (run.config.train.steps - self.step),
+            lanes={
+                lane: {"busy_s": c.busy_s, "stalled_s": c.stalled_s, "bytes": c.num_bytes}
+                for lane, c in sorted(report.lanes.items())
+            },
         )
 
     def _check_finite(self, report: StepReport) -> None:

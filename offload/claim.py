@@ -77,6 +77,10 @@ class Claim:
         except BlockingIOError as error:
             holder = os.read(fd, 200).decode(errors="replace").strip() or "another process"
             os.close(fd)
+            if holder == _name():
+                raise OffloadError(
+                    f"{self.folder} is open here already. Does cluster.nvme_paths name it twice?"
+                ) from error
             raise OffloadError(
                 f"{self.folder} is in use by {holder}. Wait for it to end or stop it, or give this run another name"
             ) from error
@@ -92,7 +96,7 @@ class Claim:
             os.close(fd)
             return
         os.ftruncate(fd, 0)
-        os.pwrite(fd, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
+        os.pwrite(fd, _name().encode(), 0)
         self._fd = fd
 
     def release(self, *, remove: bool = False) -> None:
@@ -118,6 +122,10 @@ class Claim:
         for path in self.folder.iterdir():
             if path.name != _LOCK_NAME:
                 path.unlink()
+
+
+def _name() -> str:
+    return f"process {os.getpid()} on {socket.gethostname()}"
 
 
 def reserve(path: Path, num_bytes: int) -> None:

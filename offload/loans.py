@@ -52,7 +52,7 @@ class Loans:
             assert pool is not None
             slab = self._lanes.wait(pool.take(key), "a slab")
             part = slab.bytes[:num_bytes]
-            if self._store.written(key):
+            if self._store.written(key, offset):
                 self._lanes.wait(self._store.read(key, offset, num_bytes, lambda: part), key)
             self._loan = _Loan(key, offset, part, write, slab=slab)
         assert self._loan is not None

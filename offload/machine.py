@@ -24,7 +24,7 @@ from windlass.offload.nvme import Extent, StateFile
 from windlass.offload.placement import OffloadPlan, UnitPlacement, pages
 from windlass.offload.policy import OffloadConfig
 from windlass.offload.slabs import HostMemory, SlabPool
-from windlass.offload.store import TensorStore
+from windlass.offload.store import READ, WRITE, TensorStore, lane_of
 
 DEVICE_RECORDS = 2  # records on the device while they are updated there: one comes or goes while one is updated
 
@@ -75,7 +75,7 @@ class DeviceMemory:
 class OffloadMachine:
     """Everything that one rank needs to keep state off its device.
 
-    `resumed` holds the steps whose state an earlier run of the same identity left whole on the drives, newest first.
+    With `resume`, files that an earlier run of the same identity left are kept; say with `adopt` what counts of them.
     Raises:  TierOutOfMemory if a budget does not hold what rests on its tier; OffloadError for drives that cannot be
              used
     """
@@ -93,13 +93,21 @@ class OffloadMachine:
         resume: bool = False,
     ) -> None:
         self.plan, self.device, self.ledger, self.adam = plan, device, ledger, config.adam.replace("auto", "torch")
-        self.lanes = Lanes(tracer, rates=config.throttle, watchdog_s=config.watchdog_s, prepare=device.use)
+        self.lanes = Lanes(
+            tracer,
+            rates=config.throttle,
+            watchdog_s=config.watchdog_s,
+            workers={lane_of(name, d): config.io_threads for name in (READ, WRITE) for d in range(len(drives.paths))},
+            prepare=device.use,
+        )
         self.host = HostMemory(ledger, device)
         self.on_device = DeviceMemory(ledger, device.torch_device)
         self.store = TensorStore(self.lanes)
         self.loans = Loans(self.store, self.lanes)
         self._pools: list[SlabPool] = []
-        self.resumed: list[Any] = []
+        self.files: list[StateFile] = []
+        self.adopted = False
+        self.finished = False  # what training made is safe elsewhere
         try:
             self._place_records(config, drives, warn, resume)
             self._make_pools()
@@ -113,6 +121,9 @@ class OffloadMachine:
         extents: list[tuple[Extent, str]] = []
         for unit in self.plan.units:
             extents += self._place_unit(unit)
+        # What a commit covers: records with a slot to spare, and what nobody ever rewrites.
+        frozen = {param_key(u.name) for u in self.plan.units if not u.trainable}
+        durable = {e.key for e, _ in extents if e.slots == 2 or e.key in frozen}
         if not extents:
             return
         if not drives.paths:
@@ -121,14 +132,15 @@ class OffloadMachine:
                 f"offload: {needed:,} bytes of this rank are to rest on nvme, but cluster.nvme_paths is empty. Give a "
                 "folder on a drive of this host, or another offload.policy"
             )
-        split = _share_out([e for e, _ in extents], drives.weights or [1.0] * len(drives.paths))
+        weights = drives.weights or [1.0] * len(drives.paths)
+        shares = zip(drives.paths, _share_out([e for e, _ in extents], weights), strict=True)
+        used = [(path, own) for path, own in shares if own]  # a few records may not do for all drives
         for extent, state in extents:
             self.ledger.add("nvme", state, extent.num_bytes * extent.slots, extent.key)
-        opened: list[StateFile] = []
-        self.store.use_files(opened)
         identity = {"identity": drives.identity, "shadow": self.plan.shadowed}
         options: dict[str, Any] = {"checksums": config.checksums, "identity": identity, "warn": warn}
-        for path, own in zip(drives.paths, split, strict=True):
+        self.store.use_files(self.files)
+        for path, own in used:
             file = None
             if resume:
                 engine = build_engine(config.engine)
@@ -136,14 +148,34 @@ class OffloadMachine:
             if file is None:
                 engine = build_engine(config.engine)
                 file = StateFile.create(Path(path), drives.rank, own, engine=engine, **options)
-            opened.append(file)
-        self.files = opened
-        for number, own in enumerate(split):
+            self.files.append(file)
+        for number, (_, own) in enumerate(used):
             for extent in own:
-                self.store.add_file(extent.key, extent.num_bytes, extent.slots, number)
-        steps = [{c.step: c for c in file.commits()} for file in opened]
-        common = sorted(set.intersection(*(set(s) for s in steps)), reverse=True)
-        self.resumed = [(step, steps[0][step].extra) for step in common]
+                self.store.add_file(extent.key, extent.num_bytes, extent.slots, number, durable=extent.key in durable)
+
+    @property
+    def durable(self) -> bool:
+        """Whether the drives alone hold all that training changes, a whole step at any moment."""
+        plan = self.plan
+        trained = [u for u in plan.units if u.trainable]
+        return plan.shadowed and all(u.chunks and all(c.tier == "nvme" for c in u.chunks) for u in trained)
+
+    def whole_steps(self) -> dict[int, dict[str, Any]]:
+        """Return the steps that an earlier run left whole on all drives of this rank, with what was noted with each."""
+        if not self.durable or not self.files:
+            return {}
+        commits = [{commit.step: commit.extra for commit in file.commits()} for file in self.files]
+        return {step: commits[0][step] for step in set.intersection(*(set(c) for c in commits))}
+
+    def adopt(self, step: int | None) -> None:
+        """Take the state of one of `whole_steps` as it is on the drives; None: nothing of an earlier run counts."""
+        self.adopted = step is not None
+        for file in self.files:
+            if step is None:
+                file.forget()
+            else:
+                file.roll_back(step)
+                self.store.adopt(file.commits()[0].slots)
 
     def _place_unit(self, unit: UnitPlacement) -> list[tuple[Extent, str]]:
         """Take host memory for what rests there, and return the extents of what rests on nvme."""
@@ -187,10 +219,8 @@ class OffloadMachine:
         size = pages(min(plan.chunk, max(fetched, default=0)) * plan.sizes.param)
         self.params = self._pool("parameters", size, plan.slabs, self.host)
         # A chunk may take two at once: its gradient comes through one, its new parameters leave through another.
-        self.staged = self._pool("staging", plan.staging_bytes, max(2, plan.slabs), self.host)
-        on_device = [
-            plan.device_record_bytes(u, c) for u, c in chunks if c.update_on == "device" and c.tier != "device"
-        ]
+        self.staged = self._pool("staging", plan.staging_bytes, 2 * plan.slabs, self.host)
+        on_device = [plan.device_record_bytes(u, c) for u, c in chunks]
         self.device_records = self._pool("device records", max(on_device, default=0), DEVICE_RECORDS, self.on_device)
 
     def _pool(self, name: str, slab_bytes: int, count: int, memory: HostMemory | DeviceMemory) -> SlabPool | None:
@@ -213,9 +243,13 @@ class OffloadMachine:
         return self.lanes.take_counters()
 
     def close(self) -> None:
-        """Drop what has not begun, close files, give memory back. Never waits for a lane."""
+        """Drop what has not begun, close files, give memory back. Never waits for a lane.
+
+        Files stay where they hold a whole step that exists nowhere else.
+        """
         self.lanes.close()
-        self.store.close()
+        for file in self.files:
+            file.close(remove=self.finished or not self.durable)
         self.host.close()
 
     def __enter__(self) -> OffloadMachine:

@@ -339,12 +339,23 @@ class StateFile:
 
         Raises: OffloadError if that step is not there
         """
+        steps = [commit.step for commit in self.commits()]
+        if step not in steps:
+            raise OffloadError(f"{self._claim.folder} holds steps {steps}, not {step}. Resume from a checkpoint")
+        self._keep(step)
+
+    def forget(self) -> None:
+        """End all commits; nothing counts as written any more. For a state that comes from elsewhere."""
+        self._keep(-1)
+
+    def _keep(self, step: int) -> None:
         with self._running(Access("roll back", f"step {step}", 0, 0, 0)):
-            steps = [commit.step for commit in self.commits()]
-            if step not in steps:
-                raise OffloadError(f"{self._claim.folder} holds steps {steps}, not {step}. Resume from a checkpoint")
+            with self._lock:
+                others = [str(access) for access in self._active if access.verb in ("read", "write", "commit")]
+            if others:
+                raise OffloadError(f"roll back of {self._claim.folder} while a {others[0]} is under way: wait for it")
             try:
-                self._log.end([newer for newer in steps if newer > step])
+                self._log.end([commit.step for commit in self.commits() if commit.step > step])
             except OSError as error:
                 raise self._named(error, f"roll back to step {step} in {self._claim.folder}") from error
             with self._lock:

@@ -56,6 +56,7 @@ class UnitPlacement:
     param: str
     grad: str
     chunks: tuple[Chunk, ...]  # empty: nothing to update, or all of its state stays on the device
+    trainable: bool = True
 
     @property
     def offloaded(self) -> bool:
@@ -126,7 +127,7 @@ class OffloadPlan:
             for chunk in unit.chunks:
                 if chunk.tier != "device" and unit.param != "host" and not sizes.one_copy:
                     passing.append(chunk.numel * sizes.param)
-                if chunk.tier != "device" and unit.param == "nvme" and not self.shares_master(unit):
+                if unit.param == "nvme" and not self.shares_master(unit):
                     passing.append(chunk.numel * sizes.param)
                 rests_apart = unit.grad == "nvme" or not self.keeps_gradients or unit.grad == "device"
                 if chunk.tier != "device" and chunk.update_on == "cpu" and rests_apart:
@@ -136,9 +137,11 @@ class OffloadPlan:
         return pages(max(passing))
 
     def device_record_bytes(self, unit: UnitPlacement, chunk: Chunk) -> int:
-        """Return the bytes of a record on the device while it is updated there, its gradient beside it."""
+        """Return the bytes of what comes to the device for an update there: the record, and beside it its gradient."""
+        if chunk.update_on != "device":
+            return 0
         beside = 0 if unit.grad == "device" or not self.keeps_gradients else pages(chunk.numel * self.sizes.reduce)
-        return self.record_bytes(chunk) + beside
+        return beside + (0 if chunk.tier == "device" else self.record_bytes(chunk))
 
     def shares_master(self, unit: UnitPlacement) -> bool:
         """Whether the parameters at rest are the master weights inside the records, not a copy of their own."""
@@ -189,7 +192,7 @@ def plan_offload(
     for unit in units:
         own = chunks.get(unit.name, ())
         grad = rows[unit.name].get("grad", policy.grad) if own and not unit.whole_gradient else "device"
-        placed.append(UnitPlacement(unit.name, unit.numel, params[unit.name], grad, own))
+        placed.append(UnitPlacement(unit.name, unit.numel, params[unit.name], grad, own, unit.trainable))
     return OffloadPlan(
         units=tuple(placed),
         sizes=sizes,

@@ -11,7 +11,7 @@ Must not know: models, activations, what else a process holds.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 
 from windlass.offload.placement import OffloadPlan, UnitPlacement, pages
 from windlass.offload.workload import Workload, kept_parts
@@ -77,13 +77,12 @@ def param_slab_bytes(plan: OffloadPlan) -> int:
 
 def staging_slabs(plan: OffloadPlan) -> int:
     """Return how many slabs there are for what passes through host memory: a chunk may take two at once."""
-    return max(2, plan.slabs)
+    return 2 * plan.slabs
 
 
 def device_slab_bytes(plan: OffloadPlan) -> int:
     """Return the bytes of one device buffer for a record that is updated there."""
-    moving = ((u, c) for u in plan.units for c in u.chunks if c.update_on == "device" and c.tier != "device")
-    return pages(max((plan.device_record_bytes(u, c) for u, c in moving), default=0))
+    return pages(max((plan.device_record_bytes(u, c) for u in plan.units for c in u.chunks), default=0))
 
 
 def gradient_buffers(plan: OffloadPlan, work: Workload) -> dict[int, int]:
@@ -114,7 +113,7 @@ def gather_buffers(plan: OffloadPlan, work: Workload) -> dict[int, int]:
     def ahead(u: int) -> int | None:
         if plan.units[u].param != "device":
             return ahead_of(plan)[1 if alone else 2]
-        return None if alone or not work.units[u].sharded else work.prefetch
+        return work.prefetch if work.units[u].sharded else None
 
     found = _most_ahead(plan, work, ahead, kept_parts(work, plan.window))
     return {numel * work.num_shards: count for numel, count in found.items()}
@@ -135,19 +134,16 @@ def _most_ahead(
     `ahead` says how many parts before its use a unit takes one; None: never.
     """
     most: Counter[int] = Counter()
-    last = len(work.parts) - 1
-    forward, backward = list(range(last + 1)), list(range(last, work.first_backward - 1, -1))
-
-    def count(order: list[int], position: int, stays: Iterable[int]) -> None:
-        units: set[int] = set()
-        for distance, part in enumerate(order[position:]):
-            units.update(u for u in work.parts[part].units if (reach := ahead(u)) is not None and distance <= reach)
-        units.update(u for part in stays for u in work.parts[part].units if ahead(u) is not None)
-        for numel, number in Counter(plan.units[u].numel for u in units).items():
-            most[numel] = max(most[numel], number)
-
-    for position, part in enumerate(forward):
-        count(forward, position, (p for p in kept if p < part))
-    for position, part in enumerate(backward):
-        count(backward, position, (p for p in kept if p < part))
+    never = -1
+    reach = [never if (distance := ahead(u)) is None else distance for u in range(len(work.units))]
+    furthest = max(reach, default=0)
+    forward = list(range(len(work.parts)))
+    backward = forward[: work.first_backward - 1 if work.first_backward else None : -1]
+    for order in (forward, backward):
+        for position, part in enumerate(order):
+            units = {u for other in kept if other < part for u in work.parts[other].units if reach[u] != never}
+            for distance, other in enumerate(order[position : position + furthest + 1]):
+                units.update(u for u in work.parts[other].units if distance <= reach[u])
+            for numel, number in Counter(plan.units[u].numel for u in units).items():
+                most[numel] = max(most[numel], number)
     return dict(most)

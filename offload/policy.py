@@ -168,6 +168,9 @@ class OffloadConfig:
             "choices": ("threads", "deepspeed", "gds"),
         },
     )
+    io_threads: int = field(
+        default=2, metadata={"help": "file operations under way at once, per drive and direction", "ge": 1, "le": 64}
+    )
     checksums: bool = field(default=False, metadata={"help": "hash every record when written, compare when read"})
     adam: str = field(
         default="auto",

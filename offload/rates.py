@@ -6,7 +6,7 @@ Must not know: plans, what is moved.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 from windlass.dist.cluster import ClusterConfig
 
@@ -97,3 +97,13 @@ class Rates:
     def cpu_s_per_element(self) -> float:
         """Seconds to update one element on the CPU and cast it."""
         return self.update_s(1, 1)
+
+    @property
+    def assumed(self) -> Rates:
+        """These rates with cautious values for what is not known: a slow link, one slow drive, a few cores."""
+        links = ({"h2d": 10e9}, {"file_read": 2e9, "file_write": 1e9})
+        values = {"cpu_update": 1e9, "device_update": 20e9, "cpu_cast": 4e9}
+        for group in links:
+            if set(group) & set(self.unknown):
+                values |= group
+        return replace(self, **{name: value for name, value in values.items() if not getattr(self, name)})

@@ -86,6 +86,7 @@ class _Run:
                 self._dependents[need].append(number)
         self._free = dict(program.pools)
         self._waiting: defaultdict[str, list[int]] = defaultdict(list)  # pool -> tasks, heap
+        self._giver: dict[int, tuple[int]] = {}  # task that waited for a buffer -> the one that gave it
         self._queue: dict[str, list[tuple[int, int]]] = {lane: [] for lane in LANES}
         self._running: dict[str, int] = {}
         self._left: dict[str, float] = {}  # copy lane -> bytes of its task that are still to come
@@ -204,7 +205,9 @@ class _Run:
         if task.gives:
             self._free[task.gives] += 1
             if self._waiting[task.gives]:
-                ready.append(heappop(self._waiting[task.gives]))
+                taker = heappop(self._waiting[task.gives])
+                self._giver[taker] = (number,)
+                ready.append(taker)
         for dependent in self._dependents[number]:
             self._missing[dependent] -= 1
             if not self._missing[dependent]:
@@ -246,12 +249,13 @@ class _Run:
         )
 
     def _blame(self, number: int, seconds: float, stalled: defaultdict[str, float]) -> None:
-        """Count waiting for the lane whose task came last of those that were needed."""
+        """Count waiting for the lane whose task came last of those that were needed, or held the buffer that was."""
         if seconds <= 0:
             return
-        while self._tasks[number].needs:
-            number = max(self._tasks[number].needs, key=self._ends.__getitem__)
-            if lane := self._tasks[number].lane:
+        while causes := [*self._tasks[number].needs, *self._giver.get(number, ())]:
+            number = max(causes, key=self._ends.__getitem__)
+            waited = any(self._ends[giver] >= self._starts[number] for giver in self._giver.get(number, ()))
+            if (lane := self._tasks[number].lane) and not waited:
                 stalled[lane] += seconds
                 return
 

@@ -28,7 +28,6 @@ class RecordFile(Protocol):
     def read(self, key: str, slot: int, offset: int, out: torch.Tensor) -> None: ...
     def write(self, key: str, slot: int, offset: int, data: torch.Tensor) -> None: ...
     def commit(self, step: int, slots: Mapping[str, int], extra: dict[str, Any]) -> None: ...
-    def close(self) -> None: ...
 
 
 @dataclass
@@ -43,8 +42,10 @@ class _Record:
     committed: int = 0  # slot of the latest version
     staged: bool = False  # a newer version is in the other slot
     version: int = 0
+    durable: bool = False  # commits cover it
     last_write: Future[None] | None = None
     kept: Lease | None = None  # a version newer than the one on NVMe, held in host memory
+    parts: set[int] = field(default_factory=set)  # offsets that were written, of a record that is written in parts
 
     @property
     def on_file(self) -> bool:
@@ -58,6 +59,7 @@ class Lease:
     key: str
     bytes: torch.Tensor
     slab: Slab | None = None
+    unwritten: bool = False  # it holds a version that is not on NVMe yet
     prepare: Callable[[], None] | None = field(default=None)  # fills `bytes` where that was left to the user's thread
 
     def ready(self) -> torch.Tensor:
@@ -82,11 +84,11 @@ class TensorStore:
         self._files: Sequence[RecordFile] = ()
         self._pool: SlabPool | None = None
         self._leased: dict[str, Lease] = {}
-        self._taken_over = False
+        self._adopted = False
 
-    def use_files(self, files: Sequence[RecordFile], *, taken_over: bool = False) -> None:
-        """Say where records on NVMe lie; `taken_over`: an earlier run wrote them."""
-        self._files, self._taken_over = files, taken_over
+    def use_files(self, files: Sequence[RecordFile]) -> None:
+        """Say where records on NVMe lie."""
+        self._files = files
 
     def use_slabs(self, pool: SlabPool) -> None:
         """Say through which slabs whole records of NVMe pass."""
@@ -99,9 +101,15 @@ class TensorStore:
         """
         self._add(_Record(key, slots[0].numel(), len(slots), list(slots)))
 
-    def add_file(self, key: str, num_bytes: int, slots: int, file: int, committed: int = 0, version: int = 0) -> None:
-        """Add a record that rests in one of the files."""
-        self._add(_Record(key, num_bytes, slots, [], file, committed, version=version))
+    def add_file(self, key: str, num_bytes: int, slots: int, file: int, *, durable: bool = False) -> None:
+        """Add a record that rests in one of the files; `durable`: commits cover it."""
+        self._add(_Record(key, num_bytes, slots, [], file, durable=durable))
+
+    def adopt(self, slots: Mapping[str, int]) -> None:
+        """Take the records that an earlier run left in these slots as they are."""
+        self._adopted = True
+        for key, slot in slots.items():
+            self._record(key).committed = slot
 
     def _add(self, record: _Record) -> None:
         if record.key in self._records:
@@ -131,8 +139,8 @@ class TensorStore:
         """Bring a record's latest version to host memory, for change: what is put back becomes the next version."""
         record = self._record(key)
         if record.kept is not None:
-            lease, record.kept = record.kept, None
-            self._leased[key] = lease
+            self._leased[key] = lease = record.kept  # first, as reads look at both
+            record.kept = None
             return self._lanes.done(lease)
         if not record.on_file:
             return self._lanes.done(self._lease_host(record))
@@ -199,6 +207,7 @@ class TensorStore:
 
             def hold() -> None:
                 record.kept = self._leased.pop(key)
+                record.kept.unwritten = True
 
             return self._lanes.then(waits, hold)
         slot = 1 - record.committed if record.slots == 2 else 0
@@ -222,9 +231,11 @@ class TensorStore:
         return record.last_write
 
     def drop(self, lease: Lease) -> None:
-        """Give a lease up; the record is as before."""
+        """Give a lease up unchanged; the record is as before."""
         self._leased.pop(lease.key, None)
-        if lease.slab is not None:
+        if lease.unwritten:
+            self._record(lease.key).kept = lease
+        elif lease.slab is not None:
             lease.slab.give()
 
     # -- parts of records --------------------------------------------------------------------------------------------
@@ -245,9 +256,12 @@ class TensorStore:
 
         def work() -> None:
             target = out()
-            if record.kept is not None or not record.on_file:
-                source = record.kept.bytes if record.kept is not None else record.memory[record.committed]
-                target.copy_(source[offset : offset + num_bytes])
+            # What was kept may have been fetched for its update already: the file is older still.
+            held = record.kept or self._leased.get(key)
+            if record.on_file and held is not None and held.unwritten:
+                target.copy_(held.bytes[offset : offset + num_bytes])
+            elif not record.on_file:
+                target.copy_(record.memory[record.committed][offset : offset + num_bytes])
             else:
                 self._file(record).read(key, record.committed, offset, target)
 
@@ -271,6 +285,7 @@ class TensorStore:
             target = record.memory[0][offset : offset + num_bytes]
             return self._lanes.then(after, lambda: _copy(target, data()))
         waits = [*after, *([record.last_write] if record.last_write is not None else [])]
+        record.parts.add(offset)
         record.last_write = self._lanes.submit(
             self._lane(WRITE, record),
             lambda: self._file(record).write(key, 0, offset, data()),
@@ -291,9 +306,9 @@ class TensorStore:
         assert not record.on_file
         return record.memory[record.committed]
 
-    def written(self, key: str) -> bool:
-        """Return whether a record on NVMe was ever written, here or by the run whose file was taken over."""
-        return self._record(key).last_write is not None or self._taken_over
+    def written(self, key: str, offset: int) -> bool:
+        """Return whether this part of a record on NVMe was ever written, here or by the run whose file was adopted."""
+        return offset in self._record(key).parts or self._adopted
 
     def on_file(self, key: str) -> bool:
         """Return whether the record rests on NVMe."""
@@ -314,7 +329,7 @@ class TensorStore:
         Blocks:  host, until it cannot be lost
         """
         for number, file in enumerate(self._files):
-            slots = {r.key: r.committed for r in self._records.values() if r.file == number}
+            slots = {r.key: r.committed for r in self._records.values() if r.file == number and r.durable}
             file.commit(step, slots, extra)
 
     def roll_back(self) -> None:
@@ -342,11 +357,6 @@ class TensorStore:
         if self._leased:
             raise OffloadError(f"leases were not returned at the end of the step: {', '.join(sorted(self._leased))}")
 
-    def close(self) -> None:
-        """Close the files."""
-        for file in self._files:
-            file.close()
-
     # ----------------------------------------------------------------------------------------------------------------
 
     def _record(self, key: str) -> _Record:
@@ -359,7 +369,12 @@ class TensorStore:
         return self._files[record.file]
 
     def _lane(self, name: str, record: _Record) -> str:
-        return name if record.file == 0 else f"{name} {record.file}"
+        return lane_of(name, record.file)
+
+
+def lane_of(name: str, drive: int) -> str:
+    """Return the lane of reads or writes of one drive."""
+    return name if drive == 0 else f"{name} {drive}"
 
 
 def _copy(target: torch.Tensor, source: torch.Tensor) -> None:

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 
 from windlass.offload.placement import UnitFacts
 
+DEFAULT_WINDOW = 2  # parts at the turn from forward to backward: the head and the last block
+
 
 @dataclass(frozen=True)
 class PartWork:
@@ -25,8 +27,9 @@ class PartWork:
 class Workload:
     """One step of one rank.
 
-    `num_shards` ranks share a unit. `turn` parts before the turn from forward to backward keep their parameters for it
-    whatever the plan says, and those that rest on the device are gathered `prefetch` parts ahead.
+    `num_shards` ranks share a unit. `reshard` says which parts keep what they gathered from forward to backward: each
+    (none), turnaround (those of the plan's window), never (all). Parameters that rest on the device are gathered
+    `prefetch` parts ahead.
     """
 
     units: tuple[UnitFacts, ...]
@@ -35,7 +38,7 @@ class Workload:
     num_shards: int = 1
     num_micro_batches: int = 1
     clips: bool = True
-    turn: int = 2  # the head and the last block
+    reshard: str = "turnaround"
     prefetch: int = 1
     comm_per_s: float = 0.0  # bytes/s between the ranks that share units; 0: not known, takes no time
 
@@ -60,8 +63,9 @@ class Workload:
 
 def kept_parts(work: Workload, window: int) -> set[int]:
     """Return the parts whose parameters stay from forward to backward."""
-    last = len(work.parts)
-    return set(range(max(work.first_backward, last - max(window, work.turn)), last))
+    count = len(work.parts)
+    most = {"each": 0, "turnaround": window or DEFAULT_WINDOW, "never": count}[work.reshard]
+    return set(range(max(work.first_backward, count - most), count))
 
 
 def uniform_workload(

@@ -11,7 +11,7 @@ import math
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -25,6 +25,7 @@ from windlass.dist.state import Piece
 from windlass.dist.trace import Tracer
 from windlass.model.loss import PLAIN
 from windlass.model.protocol import BlockModel
+from windlass.offload.lane import LaneCounters
 from windlass.offload.machine import OffloadMachine
 from windlass.parallel.activation import ActivationConfig
 from windlass.parallel.buffers import Account
@@ -34,7 +35,7 @@ from windlass.parallel.pipeline.passes import lower
 from windlass.parallel.pipeline.plan import PipelinePlan
 from windlass.parallel.pipeline.schedule import Layout, Schedule
 from windlass.parallel.precision import PrecisionConfig
-from windlass.parallel.stages import build_runner, gathers, hidden_width, realise
+from windlass.parallel.stages import TURNAROUND, build_runner, gathers, hidden_width, realise
 from windlass.parallel.stepper import Stepper
 from windlass.parallel.unit import Unit
 from windlass.parallel.unit_state import Fill
@@ -47,6 +48,7 @@ class StepReport:
     """What one training step did, equal on every rank but for the seconds.
 
     Units:       loss nats per valid token; seconds by phase; stall_s seconds in which this rank moved or awaited bytes
+                 of peers; lanes: what every lane of the tiers did in the step
     """
 
     loss: float
@@ -55,6 +57,7 @@ class StepReport:
     skipped: bool  # the norm was not finite and nothing was updated
     seconds: dict[str, float]
     stall_s: float
+    lanes: dict[str, LaneCounters] = field(default_factory=dict)
 
 
 class Engine:
@@ -152,6 +155,8 @@ class Engine:
             device=device.torch_device,
             width=width,
             tracer=tracer,
+            window=(offload.plan.window if offload is not None else 0) or TURNAROUND,
+            account=account if offload is not None else None,
         )
         self._steps = 0
         self._seconds: dict[str, float] = {}
@@ -204,6 +209,8 @@ class Engine:
         """
         self._seconds = {}
         waited = self._comm.waited_s
+        if self._offload is not None:
+            self._offload.loans.give_back()
         self._stepper.begin(lr)
         with self._phase("count"):
             # Every pipeline rank has the same rows.
@@ -230,7 +237,9 @@ class Engine:
             if self._offload is not None:
                 self._offload.check_balanced()
         self._device.synchronize()
-        return StepReport(loss, int(tokens), norm, skipped, dict(self._seconds), self._comm.waited_s - waited)
+        lanes = {} if self._offload is None else self._offload.take_counters()
+        waited = self._comm.waited_s - waited
+        return StepReport(loss, int(tokens), norm, skipped, dict(self._seconds), waited, lanes)
 
     def evaluate(self, batches: Sequence[Batch]) -> tuple[float, int]:
         """Return the global cross entropy in nats and the global number of valid tokens, without touching any state.

@@ -117,20 +117,25 @@ class FetchOnUse:
     # -- on the way --------------------------------------------------------------------------------------------------
 
     def approach(self, distance: int) -> None:
-        """Begin what is due when the walk is this many parts away. May gather: collective in walk order."""
+        """Begin to read and copy what is due when the walk is this many parts away."""
         if self._flat is not None:
             return
-        leave_nvme, leave_host, gather = self._machine.plan.lookahead
+        leave_nvme, leave_host, _ = self._machine.plan.lookahead
         if distance <= leave_nvme and self._reads is None and self._copies is None:
             self._reads = [self._read(extent) for extent in self._extents]
         if distance <= leave_host and self._copies is None:
             self._copies = self._copy()
-        if distance <= gather and self._shards.size > 1:
+
+    def advance(self, distance: int) -> None:
+        """Begin to gather what is due. Blocks: host, until this rank's shard is on the device."""
+        if self._flat is None and self._shards.size > 1 and distance <= self._machine.plan.lookahead[2]:
+            self.approach(0)
             self._begin_gather()
 
     def start(self) -> None:
         """Begin to bring the whole unit here. Collective of the shard group, in walk order."""
         self.approach(0)
+        self.advance(0)
 
     def _read(self, extent: _Extent) -> _Read:
         machine = self._machine

@@ -26,6 +26,12 @@ class Residency(Protocol):
     def approach(self, distance: int) -> None:
         """Begin what is due when the walk is this many parts away. Collective of the shard group, in walk order."""
 
+    def advance(self, distance: int) -> None:
+        """Begin what is due and may hold up the host: called when the work of the present part has been issued.
+
+        Collective of the shard group, in walk order.
+        """
+
     def start(self) -> None:
         """Begin to bring the whole unit here. Collective of the shard group, in walk order."""
 
@@ -53,6 +59,9 @@ class Replicated:
         self.held_bytes = flat.nbytes
 
     def approach(self, distance: int) -> None:
+        """It is here."""
+
+    def advance(self, distance: int) -> None:
         """It is here."""
 
     def start(self) -> None:
@@ -85,6 +94,9 @@ class Resident:
         self.held_bytes = symmetric.tensor.nbytes
 
     def approach(self, distance: int) -> None:
+        """The gather began at `publish`."""
+
+    def advance(self, distance: int) -> None:
         """The gather began at `publish`."""
 
     def start(self) -> None:
@@ -129,6 +141,9 @@ class GatherOnUse:
     def approach(self, distance: int) -> None:
         if distance <= self.reach:
             self.start()
+
+    def advance(self, distance: int) -> None:
+        """A gather from the device holds nothing up, so it began before."""
 
     def start(self) -> None:
         if self._flat is None:

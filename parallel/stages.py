@@ -17,6 +17,7 @@ from windlass.dist.errors import ModelError
 from windlass.dist.trace import Tracer
 from windlass.model.protocol import BlockModel
 from windlass.parallel.activation import ActivationConfig
+from windlass.parallel.buffers import Account
 from windlass.parallel.pipeline.channels import Channels
 from windlass.parallel.pipeline.runner import Runner
 from windlass.parallel.pipeline.schedule import Schedule
@@ -29,6 +30,9 @@ from windlass.parallel.walk import Step, Walk
 from windlass.parallel.zero import ZeroConfig
 
 SPLIT_KINDS = ("I", "W")
+# The head's backward follows its forward, and the last block's follows that: keeping both gathered costs no memory
+# beyond the prefetch buffers, which have nothing to prefetch at that moment.
+TURNAROUND = 2
 
 
 def build_runner(
@@ -48,8 +52,13 @@ def build_runner(
     device: torch.device,
     width: int,
     tracer: Tracer,
+    window: int = TURNAROUND,
+    account: Account | None = None,
 ) -> Runner:
     """Build the runner of this rank; `ranks` are the world ranks of its pipeline column, `width` that of h.
+
+    `window`: how many parts keep what they gathered from forward to backward where the two follow each other;
+    `account` is told of activations.
 
     Collective:  every rank of the world
     """
@@ -62,21 +71,19 @@ def build_runner(
     begins = _first_trained(model)
     walks: dict[int, Walk] = {}
     for (span, parts), stage in zip(stage_parts(model, share), plan.stages, strict=True):
-        steps = []
+        steps: list[Step] = []
         for part, part_plan in zip(parts, stage.parts, strict=True):
             block = int(part.name.removeprefix("blocks.")) if part.role == "block" else None
             recompute = activation.policy == "recompute" and block is not None and block % activation.every == 0
             own = tuple(units[u] for u in part_plan.units)
             resident = not any(unit.residency.transient for unit in own)
-            # The head's backward follows its forward, and the last block's follows that: keeping both costs no memory
-            # beyond the prefetch buffers, which have nothing to prefetch at that moment.
-            turnaround = resharding == "turnaround" and (part.role == "head" or block == len(model.blocks) - 1)
+            turnaround = resharding == "turnaround" and len(steps) >= len(parts) - window
             kept = resident or turnaround or (resharding == "never" and not scheduled)
             steps.append(Step(part, own, not recompute, kept, scheduled))
         wants_input = not span.begins and begins < span.first + 1
         if span.begins and share.shard is not None and plan.vocab is not None:
             wants_input = plan.units[plan.vocab[0]].trainable
-        walks[span.number] = Walk(steps, wants_input=wants_input, split=split, tracer=tracer)
+        walks[span.number] = Walk(steps, wants_input=wants_input, split=split, tracer=tracer, account=account)
     vocabulary = None
     if share.shard is not None and plan.vocab is not None:
         head_module: Any = model.head

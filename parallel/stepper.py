@@ -61,7 +61,7 @@ class Stepper:
         self._lr, self._begun = lr, False
         # A step that follows a clipped one is likely to be clipped: its updates would be made twice.
         likely = plan is not None and not (self._clipped and self._clips)
-        self._speculating = plan is not None and plan.when == "backward" and likely
+        self._speculating = plan is not None and plan.when == "backward" and plan.shadowed and likely
         self._squares.clear()
         self._arrived.clear()
 

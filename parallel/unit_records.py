@@ -86,8 +86,12 @@ class StateInRecords:
     ) -> Future[None]:
         """Update a record where it is fetched to: host memory, or the device if that is where it rests."""
         machine, here = self._machine, chunk.tier == "device"
+        beside: Future[Slab] | None = None
         if here:
-            gradient = self.gradient.on_device(chunk)
+            if machine.plan.device_record_bytes(self.placement, chunk):
+                assert machine.device_records is not None
+                beside = machine.device_records.take(f"gradient {self.placement.name}")
+            gradient = self.gradient.on_device(chunk, beside)
         else:
             gradient = self.gradient.on_host(chunk)
         staged = self._staging(chunk)
@@ -96,6 +100,9 @@ class StateInRecords:
             fields = self._fields(chunk, fetched.result().ready())
             self._apply(chunk, fields, gradient.result(), steps, lr, scale)
             self._write_parameters(chunk, fields[0], staged)
+            if beside is not None:
+                machine.device.synchronize()  # the next gradient comes on another stream
+                beside.result().give()
             return machine.device.mark() if here else None
 
         updated = machine.lanes.submit(
@@ -222,6 +229,10 @@ class StateInRecords:
     # -- the face of a unit's state ----------------------------------------------------------------------------------
 
     def fill(self, fill: Fill) -> None:
+        if self._machine.adopted:
+            self.refresh()
+            return
+
         def write(chunk: Chunk, fields: list[torch.Tensor]) -> None:
             for field in fields:
                 field.zero_()
@@ -303,7 +314,7 @@ class ParametersInRecord:
         return part[: numel * size].view(self._dtype)
 
     def fill(self, fill: Fill) -> None:
-        for first, numel in self._parts:
+        for first, numel in self._parts if not self._machine.adopted else []:
             fill_range(self._plan, fill, self._elements(first, numel, write=True), self._low + first)
         self.refresh()
 

@@ -11,7 +11,7 @@ et al. 2016, arXiv:1604.06174; of the split backward: Qi et al. 2023, arXiv:2401
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,6 +21,7 @@ import torch
 from windlass.data.batch import Batch
 from windlass.dist.trace import Tracer
 from windlass.model.loss import label_log_probs
+from windlass.parallel.buffers import Account
 from windlass.parallel.deferred import DeferProducts, Product
 from windlass.parallel.unit import Unit
 from windlass.parallel.units import ParameterPlan, Part
@@ -50,6 +51,7 @@ class _Saved:
 
     input: torch.Tensor | None  # the leaf that the graph starts from; None for token ids
     output: torch.Tensor | None  # None: to be recomputed
+    held: dict[int, int] = field(default_factory=dict)  # storage -> bytes that were booked for this part
     products: list[Product] = field(default_factory=list)  # weight gradients that wait
     gradients: dict[int, Gradients] = field(default_factory=dict)  # by position of the unit: those that came at once
 
@@ -61,19 +63,28 @@ class _MicroBatch:
     batch: Batch
     context: Any
     saved: list[_Saved]
+    booked: set[int] = field(default_factory=set)  # storages whose bytes are booked
 
 
 class Walk:
     """Runs micro-batches through the parts of one stage.
 
     `wants_input`: something before this stage is trained, so the gradient of its input is needed. `split`: backward
-    comes in two pieces.
+    comes in two pieces. `account` is told of the bytes that wait for backward, where somebody has a budget for them.
     Invariant: every rank issues the same gathers and reductions in the same order, because the order is the list.
     """
 
-    def __init__(self, steps: Sequence[Step], *, wants_input: bool, split: bool, tracer: Tracer) -> None:
+    def __init__(
+        self,
+        steps: Sequence[Step],
+        *,
+        wants_input: bool,
+        split: bool,
+        tracer: Tracer,
+        account: Account | None = None,
+    ) -> None:
         self.steps = list(steps)
-        self._split, self._tracer = split, tracer
+        self._split, self._tracer, self._account = split, tracer, account
         # Where the schedule gathers, it also says when.
         self._reach = max((u.residency.reach for s in steps for u in s.units if not s.scheduled), default=0)
         last = len(self.steps) - 1
@@ -118,8 +129,11 @@ class Walk:
                 keep = step.keep_graph and i >= self._first_backward
                 leaf = None if h is None else h.detach().requires_grad_(i > self._first_backward or self._wants_input)
                 saved = _Saved(leaf, None)
-                with torch.enable_grad() if keep else torch.no_grad(), self._recording(step, saved, keep):
+                if i >= self._first_backward:
+                    self._book(run, saved, leaf)
+                with torch.enable_grad() if keep else torch.no_grad(), self._recording(step, run, saved, keep):
                     out = self._call(step.part, leaf, batch, context)
+                self._advance(self._order_forward, i)
                 saved.output = out if keep else None
                 run.saved.append(saved)
                 h = out.detach()
@@ -141,6 +155,7 @@ class Walk:
                     h = label_log_probs(step.part.module, h, batch.labels_BT)
                 else:
                     h = self._call(step.part, h, batch, context)
+                self._advance(self._order_forward, i)
                 self._drop(step, keep=False)
         assert h is not None
         return h
@@ -193,11 +208,13 @@ class Walk:
         if saved.output is None:
             self._recompute(step, saved, run)
         below = self._differentiate(step, saved, gradient)
+        self._advance(self._order_backward, len(self.steps) - 1 - i)
+        self._strike(run, saved)
         self._drop(step, keep=False)
         return below
 
     def _recompute(self, step: Step, saved: _Saved, run: _MicroBatch) -> None:
-        with torch.enable_grad(), self._recording(step, saved, True):
+        with torch.enable_grad(), self._recording(step, run, saved, True):
             saved.output = self._call(step.part, saved.input, run.batch, run.context)
 
     def _differentiate(self, step: Step, saved: _Saved, gradient: torch.Tensor | None) -> torch.Tensor | None:
@@ -267,23 +284,55 @@ class Walk:
         for unit in self.steps[order[position]].units:
             unit.ready()
 
+    def _advance(self, order: Sequence[int], position: int) -> None:
+        """Begin what had to wait until this part's work was issued, for the next parts in walk order."""
+        for distance, ahead in enumerate(order[position + 1 : position + 1 + self._reach], 1):
+            for unit in self.steps[ahead].units:
+                unit.residency.advance(distance)
+
     def _drop(self, step: Step, keep: bool) -> None:
         if not keep and not step.scheduled:
             for unit in step.units:
                 unit.release()
 
-    def _recording(self, step: Step, saved: _Saved, keep: bool) -> AbstractContextManager[Any]:
-        """Record a graph so that gathered buffers can be reused and weight products can wait, where that is wanted."""
-        if not keep or not (self._split or step.as_places):
+    def _recording(self, step: Step, run: _MicroBatch, saved: _Saved, keep: bool) -> AbstractContextManager[Any]:
+        """Record a graph so that gathered buffers can be reused, weight products can wait and bytes are booked."""
+        if not keep or not (self._split or step.as_places or self._account is not None):
             return nullcontext()
         recording = ExitStack()
-        if step.as_places:
+        if step.as_places or self._account is not None:
             where = {unit.ready().untyped_storage().data_ptr(): unit for unit in step.units}
-            recording.enter_context(torch.autograd.graph.saved_tensors_hooks(_packer(where), _unpack))
+
+            def pack(tensor: torch.Tensor) -> torch.Tensor | _Place:
+                unit = where.get(tensor.untyped_storage().data_ptr())
+                if unit is None:
+                    self._book(run, saved, tensor)
+                elif step.as_places:
+                    return _Place(unit, tensor.size(), tensor.stride(), int(tensor.storage_offset()))
+                return tensor
+
+            recording.enter_context(torch.autograd.graph.saved_tensors_hooks(pack, _unpack))
         if self._split:
             parameters = [parameter for unit in step.units for _, parameter in unit.trainable()]
             recording.enter_context(DeferProducts(parameters, saved.products))
         return recording
+
+    def _book(self, run: _MicroBatch, saved: _Saved, tensor: torch.Tensor | None) -> None:
+        """Book memory that waits for this part's backward, once for all that share it."""
+        if self._account is None or tensor is None:
+            return
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in run.booked:
+            self._account("activation", storage.nbytes())
+            run.booked.add(storage.data_ptr())
+            saved.held[storage.data_ptr()] = storage.nbytes()
+
+    def _strike(self, run: _MicroBatch, saved: _Saved) -> None:
+        """Take the bytes of a part off the books when its backward is done."""
+        if self._account is not None and saved.held:
+            self._account("activation", -sum(saved.held.values()))
+            run.booked.difference_update(saved.held)
+            saved.held.clear()
 
 
 @dataclass(frozen=True)
@@ -294,14 +343,6 @@ class _Place:
     size: torch.Size
     stride: tuple[int, ...]
     offset: int
-
-
-def _packer(where: dict[int, Unit]) -> Callable[[torch.Tensor], torch.Tensor | _Place]:
-    def pack(tensor: torch.Tensor) -> torch.Tensor | _Place:
-        unit = where.get(tensor.untyped_storage().data_ptr())
-        return tensor if unit is None else _Place(unit, tensor.size(), tensor.stride(), int(tensor.storage_offset()))
-
-    return pack
 
 
 def _unpack(saved: torch.Tensor | _Place) -> torch.Tensor:

@@ -59,6 +59,8 @@ def tiers(
             raise ConfigError(f"--path {folder}: {problem}.")
     if len({folder.resolve() for folder in paths}) < len(paths):
         raise ConfigError("--path: a folder is given twice. Give each of them once.")
+    if device not in ("auto", "cpu", "cuda"):
+        raise ConfigError(f"--device {device}: must be auto, cpu or cuda.")
     file_bytes = float(size) if size.isdigit() else read_bytes(size)
     if file_bytes is None or file_bytes < 16 << 20:
         raise ConfigError(f"--size {size}: must be a number of bytes, at least 16MiB, such as 512MiB.")

@@ -59,7 +59,7 @@ def deepspeed(
     if problem:
         typer.echo(f"As it is, `windlass plan` refuses the job: {problem}", err=True)
     if strict and (imported.losses or problem):
-        keys = ", ".join(row.key for row in imported.losses) or "the job does not plan"
+        keys = ", ".join(dict.fromkeys(row.key for row in imported.losses)) or "the job does not plan"
         raise ConfigError(f"--strict: {config}: would not do the same: {keys}. Change these, or leave --strict out.")
     if out is None:
         typer.echo(text, nl=False)

@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 HELP = """Show how busy every lane of a recorded run was, what compute did not hide, and the longest waits.
 
 RUN is a run folder whose training recorded steps (profiler.start_step=5), or one trace file. busy: the lane did
-something; exposed: it did while compute did nothing; stalled: the main thread waited for it.
+something; exposed: it did while compute did nothing; stalled: the main thread waited for it. Compute is what the main
+thread spends in the model's parts; on a GPU that is the time to begin the work, not to do it.
 
 Examples:
 

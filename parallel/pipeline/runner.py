@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from windlass.parallel.pipeline.vocabulary_passes import VocabularyPasses
 from windlass.parallel.unit import Unit
 from windlass.parallel.walk import Walk
 
+BEFORE_GATHER = 2  # parts of the model that one stage ahead counts as: fetched, but not gathered yet
 BACKWARD = ("B", "W")  # after these a stage's gradients of a micro-batch are whole
 
 
@@ -34,6 +36,7 @@ class _Orders:
     actions: tuple[Action, ...]
     completing: frozenset[Action]  # backwards after which a reduction is scheduled: it may begin inside them
     last_of: dict[int, list[int]]  # position -> micro-batches that no later action of this rank names
+    gathered_next: dict[Action, Action]  # gather -> the one after it, for which slow tiers can begin already
 
 
 class Runner:
@@ -223,6 +226,9 @@ class Runner:
     def _gather(self, action: Action) -> None:
         for unit in self._walks[action.place].units:
             unit.residency.start()
+        following = self._now.gathered_next.get(action)
+        for unit in self._walks[following.place].units if following is not None else ():
+            unit.residency.approach(BEFORE_GATHER)
 
     def _release(self, action: Action) -> None:
         for unit in self._walks[action.place].units:
@@ -246,4 +252,5 @@ def _orders(schedule: Schedule, rank: int) -> _Orders:
     last_of: dict[int, list[int]] = {}
     for number, position in last.items():
         last_of.setdefault(position, []).append(number)
-    return _Orders(schedule, actions, frozenset(completing), last_of)
+    gathers = [a for a in actions if a.kind == "GATHER"]
+    return _Orders(schedule, actions, frozenset(completing), last_of, dict(pairwise(gathers)))

@@ -19,9 +19,9 @@ VOCAB, WIDTH, ROWS, TOKENS = 53, 24, 2, 12
 
 
 class Embed(nn.Module):
-    def __init__(self) -> None:
+    def __init__(self, width: int) -> None:
         super().__init__()
-        self.tokens = nn.Embedding(VOCAB, WIDTH)
+        self.tokens = nn.Embedding(VOCAB, width)
 
     def forward(self, tokens_BT: torch.Tensor, context: Any) -> torch.Tensor:
         return self.tokens(tokens_BT)
@@ -30,11 +30,11 @@ class Embed(nn.Module):
 class Mixer(nn.Module):
     """An odd block: uneven sizes, a scalar, an unused and (optionally) a frozen parameter."""
 
-    def __init__(self, frozen: bool) -> None:
+    def __init__(self, frozen: bool, width: int) -> None:
         super().__init__()
-        self.norm = nn.LayerNorm(WIDTH)
-        self.up = nn.Linear(WIDTH, 37)
-        self.down = nn.Linear(37, WIDTH, bias=False)
+        self.norm = nn.LayerNorm(width)
+        self.up = nn.Linear(width, 37)
+        self.down = nn.Linear(37, width, bias=False)
         self.gain = nn.Parameter(torch.empty(()))
         self.unused = nn.Parameter(torch.empty(5))
         if frozen:
@@ -46,30 +46,39 @@ class Mixer(nn.Module):
 
 
 class Head(nn.Module):
-    def __init__(self, tied: nn.Parameter | None) -> None:
+    def __init__(self, tied: nn.Parameter | None, width: int) -> None:
         super().__init__()
-        self.norm = nn.LayerNorm(WIDTH)
-        self.out = nn.Linear(WIDTH, VOCAB, bias=False)
+        self.norm = nn.LayerNorm(width)
+        self.out = nn.Linear(width, VOCAB, bias=False)
         if tied is not None:
             self.out.weight = tied
 
     def logits(self, h: torch.Tensor) -> torch.Tensor:
         return self.out(self.norm(h))
 
-    def forward(self, h: torch.Tensor, labels_BT: torch.Tensor) -> torch.Tensor:
+    def forward(self, h: torch.Tensor, labels_BT: torch.Tensor, weights_BT: torch.Tensor | None = None) -> torch.Tensor:
         logits = self.logits(h)
         wide = logits if logits.dtype == torch.float64 else logits.float()
-        return F.cross_entropy(wide.flatten(0, 1), labels_BT.flatten(), ignore_index=IGNORE, reduction="sum")
+        how = "sum" if weights_BT is None else "none"
+        loss = F.cross_entropy(wide.flatten(0, 1), labels_BT.flatten(), ignore_index=IGNORE, reduction=how)
+        return loss if weights_BT is None else (loss * weights_BT.flatten()).sum()
 
 
 class OddModel:
     """Satisfies BlockModel: causal averaging instead of attention, so that it is small and quick."""
 
-    def __init__(self, num_blocks: int = 3, tied: bool = False, frozen: bool = False, frozen_embed: bool = False):
+    def __init__(
+        self,
+        num_blocks: int = 3,
+        tied: bool = False,
+        frozen: bool = False,
+        frozen_embed: bool = False,
+        width: int = WIDTH,
+    ):
         with weightless():  # plain torch.device("meta") imports half of torch to draw values that nobody sees
-            self.embed = Embed()
-            self.blocks = nn.ModuleList(Mixer(frozen and i == 1) for i in range(num_blocks))
-            self.head = Head(self.embed.tokens.weight if tied else None)
+            self.embed = Embed(width)
+            self.blocks = nn.ModuleList(Mixer(frozen and i == 1, width) for i in range(num_blocks))
+            self.head = Head(self.embed.tokens.weight if tied else None, width)
         if frozen_embed:
             self.embed.requires_grad_(False)
 

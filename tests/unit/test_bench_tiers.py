@@ -161,6 +161,13 @@ def test_the_command_prints_units_and_writes_keys_that_load(
     assert sorted(p.name for p in tmp_path.iterdir()) == ["cluster.yaml"]
 
 
+def test_a_busy_machine_is_told(monkeypatch: pytest.MonkeyPatch, small: None) -> None:
+    for percent, told in ((90.0, True), (5.0, False)):
+        monkeypatch.setattr(measuring.psutil, "cpu_percent", lambda interval, percent=percent: percent)
+        notes = calibrate(Device("cpu"), seconds=0.1).notes
+        assert any("90 % busy" in note for note in notes) == told
+
+
 def test_without_a_drive_the_rest_is_measured(small: None, capsys: pytest.CaptureFixture[str]) -> None:
     code, text, _ = run(capsys)
     assert code == 0 and "give --path FOLDER" in text and "AdamW, CPU, torch" in text
@@ -172,6 +179,7 @@ def test_without_a_drive_the_rest_is_measured(small: None, capsys: pytest.Captur
         (["--path", "{0}/nvm"], "did you mean '{0}/nvme'?"),
         (["--path", "{0}/nvme", "--path", "{0}/nvme/"], "given twice"),
         (["--size", "4MiB"], "at least 16MiB"),
+        (["--device", "gpu"], "must be auto, cpu or cuda"),
         (["--size", "much"], "such as 512MiB"),
         (["--out", "{0}/no/cluster.yaml"], "no such folder"),
         (["--out", "{0}/bad.yaml"], "did you mean 'cluster.nodes'"),

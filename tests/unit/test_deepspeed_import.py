@@ -179,6 +179,13 @@ def test_what_else_is_said_about_offloading_becomes_shares_records_and_engines()
     }
 
 
+def test_a_folder_named_twice_is_one_drive() -> None:
+    twice = zero(
+        offload_param={"device": "nvme", "nvme_path": "/a/"}, offload_optimizer={"device": "nvme", "nvme_path": "/a"}
+    )
+    assert values(twice)["cluster.nvme_paths"] == ["/a"]
+
+
 def test_offloading_that_deepspeed_would_not_do_is_not_done() -> None:
     cpu = {"device": "cpu"}
     assert "offload.policy" not in values({"zero_optimization": {"stage": 0, "offload_optimizer": cpu}})

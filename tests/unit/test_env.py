@@ -1,6 +1,7 @@
 """The environment: every launcher is understood, contradictions are named, faults happen where they are asked for."""
 
 import errno
+import os
 from typing import Any
 
 import pytest
@@ -97,6 +98,15 @@ def test_a_fault_happens_only_at_its_door_rank_and_step(monkeypatch: pytest.Monk
     with pytest.raises(OSError, match="No space left") as caught:
         fault("checkpoint", rank=4, step=9)
     assert caught.value.errno == errno.ENOSPC
+
+
+@pytest.mark.parametrize(("action", "code"), [("eio", errno.EIO), ("einval", errno.EINVAL), ("enospc", errno.ENOSPC)])
+def test_a_fault_can_be_an_error_of_the_system(monkeypatch: pytest.MonkeyPatch, action: str, code: int) -> None:
+    monkeypatch.setenv("WINDLASS_FAULT", f"{action}:nvme.write:step=2")
+    fault("nvme.write", rank=0, step=1)
+    with pytest.raises(OSError, match=f"{os.strerror(code)} .injected at nvme.write") as caught:
+        fault("nvme.write", rank=0, step=2)
+    assert caught.value.errno == code
 
 
 def test_a_misspelt_fault_is_an_error() -> None:

@@ -71,12 +71,11 @@ def test_extents_that_make_no_sense_are_refused(drive: Drive, extents: list[Exte
         drive.create(extents)
 
 
-def test_a_second_user_of_the_folder_is_told_who_is_there(drive: Drive) -> None:
+def test_a_folder_has_one_user(drive: Drive) -> None:
     file = drive.create()
-    with pytest.raises(OffloadError, match=rf"is in use by process {os.getpid()} on .*another name"):
+    with pytest.raises(OffloadError, match=r"is open here already. Does cluster.nvme_paths name it twice\?"):
         drive.create()
-    other = drive.create(identity={"run": 2})
-    assert other.path != file.path
+    assert drive.create(identity={"run": 2}).path != file.path
     file.close()
     drive.create().write("a", 0, 0, pages(3))
 
@@ -130,6 +129,17 @@ def test_a_commit_ends_before_its_slot_is_written_again(drive: Drive) -> None:
     again.write("a", 1, 0, pages(3))
     again.close()
     assert drive.reopen() is None
+
+
+def test_a_state_from_elsewhere_begins_with_nothing_written(drive: Drive) -> None:
+    file = two_steps(drive)
+    file.forget()
+    assert not file.commits()
+    with pytest.raises(OffloadError, match="never written"):
+        read(file, "a", 0, 1)
+    file.write("a", 0, 0, pages(3))
+    file.commit(1, {"a": 0}, {})
+    assert [c.step for c in file.commits()] == [1]
 
 
 def test_only_two_commits_are_kept(drive: Drive) -> None:
@@ -238,6 +248,8 @@ def test_two_transfers_of_the_same_bytes_are_refused(writing: Any) -> None:
         read(file, "a", 0, 1)
     with pytest.raises(OffloadError, match=r"commit of .* while a write"):
         file.commit(1, {"a": 0}, {})
+    with pytest.raises(OffloadError, match=r"roll back of .* while a write"):
+        file.forget()
     engine.go.set()
     thread.join()
     assert not errors and torch.equal(read(file, "a", 0, 3), pages(3))

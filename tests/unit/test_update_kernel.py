@@ -73,14 +73,11 @@ def test_parts_updated_by_several_threads_are_the_whole() -> None:
         weights, gradients = tensors()
         state = [torch.zeros(SIZE), torch.zeros(SIZE)]
         for steps, gradient in enumerate(gradients, 1):
-
-            def update(at: int, gradient: torch.Tensor = gradient, steps: int = steps) -> None:
-                part = slice(at, at + size)
-                views = weights[part], gradient[part], [s[part] for s in state]  # noqa: B023
-                kernel.update(*views, cut=CUT - at, steps=steps, lr=1e-2)
-
             with ThreadPoolExecutor(4) as pool:
-                list(pool.map(update, range(0, SIZE, size)))
+                for at in range(0, SIZE, size):
+                    part = slice(at, at + size)
+                    views = weights[part], gradient[part], [s[part] for s in state]
+                    pool.submit(kernel.update, *views, cut=CUT - at, steps=steps, lr=1e-2)
         found.append([weights, *state])
     assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
 
