@@ -19,12 +19,14 @@ from windlass.parallel.units import plan_units
 from windlass.parallel.zero import ZeroConfig
 
 
-def predicted_step_s(workload: Workload, offload: Mapping[str, Any], rates: Rates, computing_s: float) -> float:
+def predicted_step_s(
+    workload: Workload, offload: Mapping[str, Any], rates: Rates, computing_s: float, *, reduce: str = "auto"
+) -> float:
     """Return the step that the simulator expects of one rank at ZeRO stage 3.
 
     Computing is spread over the parts by their parameters, a third of it in forward; the embedding only looks up rows.
     """
-    plan = offload_plan(workload, OffloadConfig(**offload))
+    plan = offload_plan(workload, OffloadConfig(**offload), reduce=reduce)
     assert plan is not None
     model, _ = workload.empty_model()
     units = plan_units(model, workload.world_size)

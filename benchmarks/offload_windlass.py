@@ -26,12 +26,12 @@ from windlass.parallel.zero import ZeroConfig
 
 
 def offload_plan(
-    workload: Workload, offload: OffloadConfig, *, stage: int = 3, num_micro_batches: int = 1
+    workload: Workload, offload: OffloadConfig, *, stage: int = 3, num_micro_batches: int = 1, reduce: str = "auto"
 ) -> OffloadPlan | None:
     """Return where one rank's state rests under a policy."""
     model, _ = workload.empty_model()
     facts = unit_facts(plan_units(model, workload.world_size), ZeroConfig(stage=stage))
-    precision = PrecisionConfig(param="bf16" if workload.bf16 else "fp32")
+    precision = PrecisionConfig(param="bf16" if workload.bf16 else "fp32", reduce=reduce)
     sizes = element_sizes(precision, OptimizerConfig())
     return plan_offload(offload, facts, sizes, clips=workload.clip > 0, accumulates=num_micro_batches > 1)
 
@@ -49,10 +49,11 @@ class WindlassSteps:
         device: str = "cpu",
         recompute: bool = False,
         num_micro_batches: int = 1,
+        reduce: str = "auto",
     ) -> None:
         self.workload, self.num_micro_batches, self.ledger = workload, num_micro_batches, TierLedger()
         self.machine: OffloadMachine | None = None
-        self.plan = offload_plan(workload, offload, stage=stage, num_micro_batches=num_micro_batches)
+        self.plan = offload_plan(workload, offload, stage=stage, num_micro_batches=num_micro_batches, reduce=reduce)
         self.phases: list[dict[str, float]] = []
         self.lanes: list[dict[str, dict[str, float]]] = []
         self.norms: list[float] = []
@@ -76,6 +77,7 @@ class WindlassSteps:
             stage=stage,
             device=device,
             recompute=recompute,
+            reduce=reduce,
             offload=machine,
             account=lambda state, num_bytes: self.ledger.add("device", state, num_bytes),
         )

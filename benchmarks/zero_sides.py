@@ -197,6 +197,7 @@ def windlass_engine(
     stage: int,
     device: str = "cpu",
     recompute: bool = False,
+    reduce: str = "auto",
     pipeline: PipelinePlan | None = None,
     offload: Callable[[Device, Tracer], OffloadMachine | None] = lambda device, tracer: None,
     account: Callable[[str, int], None] = lambda state, num_bytes: None,
@@ -225,7 +226,7 @@ def windlass_engine(
         mesh=plan_mesh(ParallelismConfig(pp=1 if pipeline is None else who.world_size), who.world_size),
         device=here,
         zero=ZeroConfig(stage=stage),
-        precision=PrecisionConfig(param="bf16" if workload.bf16 else "fp32"),
+        precision=PrecisionConfig(param="bf16" if workload.bf16 else "fp32", reduce=reduce),
         activation=ActivationConfig(policy="recompute" if recompute else "keep"),
         optimizer=OptimizerConfig(
             betas=workload.betas, eps=workload.eps, weight_decay=workload.decay, clip_norm=workload.clip

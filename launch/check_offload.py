@@ -11,7 +11,7 @@ from windlass.launch.suggest import nearest_key
 from windlass.offload.policy import OffloadConfig, Policy
 
 LANES = ("h2d", "d2h", "file read", "file write", "cpu update", "device update")
-BUDGETS = ("offload.device_bytes",)  # bind whether or not anything is offloaded
+ALWAYS = ("offload.device_bytes", "offload.tile")  # have an effect whether or not anything is offloaded
 
 
 def check_offload(loaded: Loaded, *, to_run: bool) -> None:
@@ -21,9 +21,10 @@ def check_offload(loaded: Loaded, *, to_run: bool) -> None:
     """
     config = loaded.config.offload
     given = sorted(key for key in loaded.given if key.startswith("offload."))
+    _check_tiles(loaded)
     if not config.active:
         for key in given:
-            if key not in BUDGETS:
+            if key not in ALWAYS:
                 raise ConfigError(
                     f"{loaded.at(key)}: has no effect with offload.policy = 'none', which offloads nothing. Remove it, "
                     "or choose a policy."
@@ -85,6 +86,16 @@ def _check_numbers(loaded: Loaded, config: OffloadConfig) -> None:
         raise ConfigError(
             f"{loaded.at('offload.stride')}: offload.device_share = {config.device_share} says it differently. Give "
             "one of the two."
+        )
+
+
+def _check_tiles(loaded: Loaded) -> None:
+    config = loaded.config
+    if config.offload.tile and config.zero.stage < 3:
+        raise ConfigError(
+            f"{loaded.at('offload.tile')}: tiles are gathered one after another, which needs zero.stage = 3; with "
+            f"{config.zero.stage} every rank holds whole weights. Use zero.stage=3, or offload.tile=0. With a single "
+            "rank it costs nothing."
         )
 
 

@@ -37,7 +37,7 @@ def nearest_change(
     planner = Planner(config)
     for overrides, variant, ranks in _variants(config, world_size):
         try:
-            plan = planner.plan(variant, ranks, cluster, device)
+            plan = planner.plan(variant, ranks, cluster, device, seconds=False)
         except PlanError:  # a pipeline of which no stage cut fits
             continue
         if plan.verdict == FITS:

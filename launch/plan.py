@@ -22,9 +22,12 @@ from windlass.dist.errors import ModelError, PlanError
 from windlass.dist.mesh import Mesh, plan_mesh
 from windlass.launch.job import JobConfig
 from windlass.launch.measured import RecordedRun
+from windlass.launch.plan_cluster import capacity_bytes, comm_seconds, device_kind
+from windlass.launch.plan_offload import OffloadSummary, placement_json, plan_offloading
 from windlass.model.build import build_model
 from windlass.model.flops import flops_per_token
 from windlass.model.protocol import BlockModel
+from windlass.offload.placement import OffloadPlan
 from windlass.parallel.footprint import Footprint, hold, measure_footprint
 from windlass.parallel.memory import MODEL_STATES, Transfer, plan_traffic, scratch_bytes, state_bytes
 from windlass.parallel.pipeline.measured_costs import measured_costs
@@ -100,6 +103,12 @@ class Plan:
     pipeline: PipelinePlan | None = None  # None: one pipeline rank
     notes: list[str] = field(default_factory=list)
     worst_rank: int = 0
+    offload: OffloadSummary | None = None  # None: all state stays on the device
+    placements: tuple[OffloadPlan | None, ...] = ()  # of the pipeline ranks
+
+    def offload_of(self, pipeline_rank: int) -> OffloadPlan | None:
+        """Return what rests where on a pipeline rank; None if nothing leaves its device."""
+        return self.placements[pipeline_rank] if self.placements else None
 
     @property
     def worst(self) -> RankSummary:
@@ -127,7 +136,8 @@ class Plan:
     def as_json(self) -> dict[str, Any]:
         """Return plain data for JSON."""
         pipeline = None if self.pipeline is None else self.pipeline.as_json()
-        plain = {**asdict(replace(self, pipeline=None)), "pipeline": pipeline}
+        plain = {**asdict(replace(self, pipeline=None, placements=())), "pipeline": pipeline}
+        plain["placements"] = [None if p is None else placement_json(p) for p in self.placements]
         return {**plain, "model_state_bytes": self.model_state_bytes, "device_bytes": self.device_bytes}
 
     def digest(self) -> str:
@@ -152,20 +162,34 @@ class Planner:
         device: str | None = None,
         *,
         activations: bool = True,
+        seconds: bool = True,
     ) -> Plan:
-        """Plan one job of this model. See `make_plan`."""
+        """Plan one job of this model. See `make_plan`. Without `seconds` no step is simulated."""
         mesh, train = plan_mesh(config.parallelism, world_size), config.train
         num_micro_batches = train.num_micro_batches(mesh.size("dp"))
         sequences = train.micro_batch * num_micro_batches * mesh.size("dp")
-        device = device or _device(config, cluster)
+        device = device or device_kind(config, cluster)
         pipeline = self.pipeline(config, mesh) if mesh.sizes["pp"] > 1 else None
         footprint = self._footprint(config) if activations else None
         notes = _notes(config, mesh, pipeline, footprint)
         active = self._activations(config, pipeline, footprint) if isinstance(footprint, Footprint) else None
         units, ranks, num_trainable = [], [], 0
-        for rank in range(mesh.sizes["pp"]):
-            share = RankShare.whole(len(self._model.blocks)) if pipeline is None else pipeline.share(rank)
-            model_plan = plan_units(self._model, _num_shards(config, mesh), share)
+        whole = [RankShare.whole(len(self._model.blocks))]
+        shares = whole if pipeline is None else [pipeline.share(rank) for rank in range(mesh.sizes["pp"])]
+        model_plans = [plan_units(self._model, _num_shards(config, mesh), share) for share in shares]
+        offloading = plan_offloading(
+            config,
+            self._model,
+            model_plans,
+            cluster,
+            num_ranks=world_size,
+            num_micro_batches=num_micro_batches,
+            scratch=scratch_bytes(model_plans[0], config.zero, config.precision, pipelined=pipeline is not None),
+            device=device,
+            seconds=seconds,
+        )
+        for rank, (share, model_plan) in enumerate(zip(shares, model_plans, strict=True)):
+            held = _held_bytes(config, model_plan, device, num_micro_batches, offloading.device_bytes(rank))
             num_trainable += model_plan.trainable_numel
             units += [
                 UnitSummary(u.name, u.trainable, len(u.parameters), u.numel, u.padded, u.shard_numel, rank)
@@ -176,16 +200,20 @@ class Planner:
                     stages=[(span.first, span.last) for span in share.stages],
                     vocabulary=None if share.shard is None else (share.shard.low, share.shard.high),
                     num_parameters=model_plan.numel,
-                    bytes=_held_bytes(config, model_plan, device, num_micro_batches) | (active[rank] if active else {}),
+                    bytes=held | (active[rank] if active else {}),
                     traffic=_traffic(config, mesh, model_plan, pipeline, rank),
                     in_flight=1.0 if pipeline is None else pipeline.activations_in_flight(rank),
                     idle=0.0 if pipeline is None else round(pipeline.idle[rank], 4),
                 )
             )
         worst = max(range(len(ranks)), key=lambda rank: sum(ranks[rank].bytes.values()))
-        waiting = _waiting_bytes(config, num_micro_batches)
-        capacity = _capacity(cluster, world_size, device)
-        if capacity is None or active is None:
+        host = {} if device == "cpu" else {"batch": _waiting_bytes(config, num_micro_batches)}
+        offload = offloading.summary
+        tiers = {} if offload is None else offload.bytes
+        capacity = capacity_bytes(cluster, world_size, device)
+        if offload is not None and set(offload.over) - {"device"}:
+            verdict = DOES_NOT_FIT
+        elif capacity is None or active is None:
             verdict = UNKNOWN
         else:
             verdict = FITS if sum(ranks[worst].bytes.values()) <= capacity * USABLE else DOES_NOT_FIT
@@ -199,16 +227,18 @@ class Planner:
             sequences_per_step=sequences,
             tokens_per_step=sequences * train.seq_len,
             num_micro_batches=num_micro_batches,
-            bytes={"device": ranks[worst].bytes, "host": {} if device == "cpu" else {"batch": waiting}, "nvme": {}},
+            bytes={"device": ranks[worst].bytes, "host": tiers.get("host", {}) | host, "nvme": tiers.get("nvme", {})},
             flops_per_step=flops,
             compute_s=flops / cluster.device_flops if cluster.device_flops else None,
-            comm_s=_comm_seconds(ranks[worst].traffic, cluster, mesh, config.zero.stage),
+            comm_s=comm_seconds(ranks[worst].traffic, cluster, mesh, config.zero.stage),
             device=device,
             capacity_bytes=capacity,
             verdict=verdict,
             ranks=ranks,
             pipeline=pipeline,
-            notes=notes,
+            notes=[*notes, *([] if offload is None else offload.notes)],
+            offload=offload,
+            placements=offloading.plans,
             worst_rank=worst * mesh.size("dp"),
         )
 
@@ -320,10 +350,20 @@ def _num_shards(config: JobConfig, mesh: Mesh) -> int:
     return mesh.size("dp") if config.zero.stage == 0 else mesh.sizes["dp_shard"]
 
 
-def _held_bytes(config: JobConfig, units: ModelPlan, device: str, num_micro_batches: int) -> dict[str, int]:
-    """Return the bytes by class of what a rank holds besides activations."""
-    held = state_bytes(units, config.zero, config.precision, config.optimizer)
-    held |= scratch_bytes(units, config.zero, config.precision, pipelined=config.parallelism.pp > 1)
+def _held_bytes(
+    config: JobConfig, units: ModelPlan, device: str, num_micro_batches: int, offloaded: dict[str, int] | None
+) -> dict[str, int]:
+    """Return the bytes by class of what a rank's device holds besides activations.
+
+    `offloaded` is what it holds of state and its buffers, where some of that rests elsewhere.
+    """
+    scratch = scratch_bytes(units, config.zero, config.precision, pipelined=config.parallelism.pp > 1)
+    if offloaded is None:
+        held = state_bytes(units, config.zero, config.precision, config.optimizer) | scratch
+    else:
+        # The gradient in the format of the master is for units whose state is updated where it is.
+        resident = any(name in offloaded for name in config.optimizer.state_names)
+        held = offloaded | {n: size for n, size in scratch.items() if n == "grad_slot" or (n == "update" and resident)}
     one = config.train.micro_batch * config.train.seq_len * TOKEN_BYTES
     held["batch"] = _waiting_bytes(config, num_micro_batches) if device == "cpu" else one
     held["runtime"] = RUNTIME_BYTES[device]
@@ -388,35 +428,3 @@ def _notes(
     elif isinstance(footprint, ModelError):
         notes.append(f"activations unknown: {footprint}")
     return notes
-
-
-def _device(config: JobConfig, cluster: ClusterConfig) -> str:
-    if config.train.device != "auto":
-        return config.train.device
-    return "cuda" if cluster.device_bytes else "cpu"
-
-
-def _capacity(cluster: ClusterConfig, world_size: int, device: str) -> int | None:
-    """Return the bytes one rank may use: of its device, or its share of the host; None when that is not known."""
-    if cluster.device_bytes:
-        return cluster.device_bytes
-    per_host = -(-world_size // max(1, cluster.nodes))
-    return cluster.host_bytes // per_host if device == "cpu" and cluster.host_bytes else None
-
-
-def _comm_seconds(traffic: list[Transfer], cluster: ClusterConfig, mesh: Mesh, stage: int) -> float | None:
-    """Return the seconds a step's traffic takes at the cluster's bandwidths, without overlap; None if one is unknown.
-
-    Ranks of a host are neighbours on `dp_shard`. A ring through whole hosts enters each once; groups of one rank per
-    host share its network.
-    """
-    per_host, link, network = cluster.devices_per_node, cluster.link_bytes_per_s, cluster.network_bytes_per_s
-    sizes = {"shard": mesh.size("dp") if stage == 0 else mesh.sizes["dp_shard"]}
-    seconds = 0.0
-    for t in traffic:
-        within = cluster.nodes <= 1 or sizes.get(t.group, mesh.world_size) <= per_host
-        rate = link if within else network if t.group == "shard" else network / max(1, per_host)
-        if not rate:
-            return None
-        seconds += t.wire_bytes / rate
-    return seconds

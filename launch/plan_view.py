@@ -10,6 +10,7 @@ from rich.table import Table
 
 from windlass.launch.nearest import Change
 from windlass.launch.plan import DOES_NOT_FIT, FITS, Plan
+from windlass.launch.plan_offload import OffloadSummary
 from windlass.parallel.memory import MODEL_STATES
 
 MEANING = {
@@ -21,6 +22,9 @@ MEANING = {
     "momentum_buffer": "momentum",
     "grad_slot": "gradients of whole units under reduction",
     "gather": "gathered parameters of whole units",
+    "shard": "fetched parts of parameters before they are gathered",
+    "optimizer": "records of master weights and moments",
+    "slab": "buffers for what is on its way between tiers",
     "update": "one unit's gradient in the format of the master",
     "activation": "kept from forward to backward, all micro-batches in flight",
     "workspace": "logits, gradients and recomputed activations in flight",
@@ -78,6 +82,8 @@ def print_plan(plan: Plan, *, change: Change | None = None, console: Console | N
         console.print(_traffic_table(plan))
     else:
         console.print("No communication: one rank.")
+    if plan.offload is not None:
+        _print_offload(plan.offload, console)
     if plan.compute_s is not None or plan.comm_s is not None:
         parts = (("compute", plan.compute_s), ("communication", plan.comm_s))
         known = ", ".join(f"{name} {seconds:.3g} s" for name, seconds in parts if seconds is not None)
@@ -87,6 +93,42 @@ def print_plan(plan: Plan, *, change: Change | None = None, console: Console | N
     console.print(verdict_line(plan))
     if plan.verdict == DOES_NOT_FIT:
         console.print(_change_line(plan, change))
+
+
+def _print_offload(offload: OffloadSummary, console: Console) -> None:
+    """Print what offloading moves in a step of one rank, how long that takes, and what it costs the drives."""
+    chosen = ", ".join(f"{name}={value}" for name, value in offload.chosen.items() if name != "policy")
+    console.print(f"Offloading: [bold]{offload.policy}[/]" + (f" ({chosen})" if chosen else ""))
+    if offload.moved or offload.busy:
+        table = Table(title="Moved in a step of one rank", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+        table.add_column("lane")
+        for name in ("bytes", "seconds"):
+            table.add_column(name, justify="right")
+        for lane in dict.fromkeys([*offload.busy, *offload.moved]):
+            mark = "  (bounds the step)" if lane == offload.bound else ""
+            moved = show_bytes(offload.moved[lane]) if lane in offload.moved else ""
+            busy = f"{offload.busy[lane]:.4g}" if lane in offload.busy else ""
+            table.add_row(lane + mark, moved, busy)
+        console.print(table)
+    if offload.seconds is not None:
+        parts = ", ".join(f"{name} {s:.4g} s" for name, s in offload.seconds.items() if name != "total")
+        console.print(f"Predicted step: [bold]{offload.seconds['total']:.4g} s[/]: {parts}")
+    if offload.wear is not None:
+        worn = offload.wear
+        console.print(
+            f"The drives of a host take {show_bytes(worn.bytes_per_step)} per step: their rated endurance lasts "
+            f"{show_count(worn.steps)} steps, {worn.days:.3g} days"
+        )
+    for tier, num_bytes in offload.over.items():
+        left = offload.budgets[tier]
+        held = show_bytes(left + num_bytes)
+        if tier == "device":
+            room = (
+                f"what activations and reductions leave of it, {show_bytes(left) if left > 1 else 'which is nothing'}"
+            )
+        else:
+            room = show_bytes(left)
+        console.print(f"[red]{tier}[/]: {held} of state and buffers do not fit into {room}")
 
 
 def verdict_line(plan: Plan) -> str:

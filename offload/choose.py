@@ -47,9 +47,15 @@ class Choice:
 
 
 def choose(
-    config: OffloadConfig, work: Workload, sizes: Sizes, rates: Rates, budgets: Mapping[str, int] | None = None
+    config: OffloadConfig,
+    work: Workload,
+    sizes: Sizes,
+    rates: Rates,
+    budgets: Mapping[str, int] | None = None,
+    *,
+    drives: bool = True,
 ) -> Choice:
-    """Replace policy auto and every number that is to be planned.
+    """Replace policy auto and every number that is to be planned; without `drives`, auto puts nothing on nvme.
 
     Units:   bytes of one rank by tier; what is missing or 0 is not known, and does not bind
     Raises:  PlanError if no policy fits: with what each tier needs at least
@@ -57,7 +63,7 @@ def choose(
     if not config.active:
         return Choice(config, None)
     known = {tier: n for tier, n in (budgets or {}).items() if n}
-    chooser = _Chooser(config, work, sizes, rates, known)
+    chooser = _Chooser(config, work, sizes, rates, known, drives)
     return chooser.best() if config.policy == "auto" else chooser.settled(config)
 
 
@@ -116,9 +122,16 @@ def _planned(config: OffloadConfig, work: Workload, sizes: Sizes) -> OffloadPlan
 
 class _Chooser:
     def __init__(
-        self, config: OffloadConfig, work: Workload, sizes: Sizes, rates: Rates, budgets: Mapping[str, int]
+        self,
+        config: OffloadConfig,
+        work: Workload,
+        sizes: Sizes,
+        rates: Rates,
+        budgets: Mapping[str, int],
+        drives: bool,
     ) -> None:
         self._config, self._work, self._sizes, self._budgets = config, work, sizes, budgets
+        self._drives = drives
         self._rates = rates.assumed
         self._unknown = [name for name in rates.unknown if name != "host_memory"]  # nothing is assumed for it
 
@@ -172,7 +185,7 @@ class _Chooser:
                 if tier not in least or num_bytes < least[tier]:
                     least[tier] = num_bytes
                     smallest = choice.plan if tier == "device" and choice.plan is not None else smallest
-            if excess(held, self._budgets):
+            if excess(held, self._budgets) or (held["nvme"] and not self._drives):
                 continue
             found.append((self._seconds(choice), number, choice))
         if not found:
@@ -279,6 +292,7 @@ class _Chooser:
             for tier in TIERS
             if tier in self._budgets
         )
+        tiers += "" if self._drives else "; nvme: nothing, because cluster.nvme_paths is empty"
         part = "" if smallest is None else f" {least_on_device(smallest, self._work)}."
         return (
             f"offload.policy=auto: no policy fits into the budgets of a rank. {tiers} (the least of any policy, not "

@@ -200,12 +200,22 @@ def plan_offload(
         clip=policy.clip,
         order=policy.order,
         cache=max(policy.cache, 0),
-        lookahead=config.lookahead,
+        lookahead=_lookahead(config),
         window=policy.window,
         slabs=config.slabs,
         chunk=_chunk(config),
         keeps_gradients=policy.when == "after" or policy.clip == "two_pass" or clips or accumulates,
     )
+
+
+def _lookahead(config: OffloadConfig) -> tuple[int, int, int]:
+    """Return how far ahead parameters are fetched.
+
+    Tiles are read after units that are used later. Where those were being read without being copied yet, they would
+    keep the slabs that the tiles need to get on.
+    """
+    nvme, host, gather = config.lookahead
+    return (min(nvme, host), host, gather) if config.tile else config.lookahead
 
 
 def _chunk(config: OffloadConfig) -> int:

@@ -121,8 +121,11 @@ class Updates:
         """Update a record where it is fetched to; return that task and those that publish new parameters."""
         p, plan, size, name = self._program, self._plan, self._plan.record_bytes(chunk), self._name(at)
         here = chunk.tier == "device"
+        beside: list[int] = []
+        if here and plan.device_record_bytes(unit, chunk):
+            beside = [p.add(Task("", f"take {name}", p.main, takes=DEVICE_SLABS, holds=self._device_slab))]
         gradient, gives = (
-            self._gradient_on_device(at, unit, chunk, []) if here else self._gradient_on_host(at, unit, chunk)
+            self._gradient_on_device(at, unit, chunk, beside) if here else self._gradient_on_host(at, unit, chunk)
         )
         staged = self._staging(unit, chunk)
         needs = once((*p.main, *self._fetched(at), *gradient, *staged))
@@ -130,6 +133,8 @@ class Updates:
         copies = 2 * size if plan.shadowed and chunk.tier == "host" else 0
         lane = DEVICE_UPDATE if here else CPU_UPDATE
         task = Task(lane, f"update {name}", needs, 0.0, size, chunk.numel, casts, copies, gives=gives)
+        if beside:
+            task = task._replace(gives=DEVICE_SLABS, frees=self._device_slab)
         updated = p.add(task)
         if here and leaves(unit) and not plan.keeps_gradients:
             self._uses.setdefault(at[0], []).append(updated)

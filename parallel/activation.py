@@ -15,3 +15,8 @@ class ActivationConfig:
     every: int = field(
         default=1, metadata={"help": "with recompute: only every n-th block is recomputed", "unit": "blocks", "ge": 1}
     )
+
+    def recomputes(self, part: str) -> bool:
+        """Return whether the part of that name is recomputed: some blocks, nothing else."""
+        block = part.removeprefix("blocks.")
+        return self.policy == "recompute" and block != part and int(block) % self.every == 0

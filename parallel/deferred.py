@@ -80,17 +80,17 @@ class DeferProducts(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         if func is linear:
-            x, weight, bias = _bind(("input", "weight", "bias"), args, kwargs)
+            x, weight, bias = bind(("input", "weight", "bias"), args, kwargs)
             if id(weight) in self._ids:
                 return _Linear.apply(x, weight, bias, False, self._products)
         elif func is torch.addmm and set(kwargs) <= {"input", "mat1", "mat2"}:
-            bias, x, weight = _bind(("input", "mat1", "mat2"), args, kwargs)
+            bias, x, weight = bind(("input", "mat1", "mat2"), args, kwargs)
             if id(weight) in self._ids and bias.dim() == 1:
                 return _Linear.apply(x, weight, bias, True, self._products)
         return func(*args, **kwargs)
 
 
-def _bind(names: tuple[str, ...], args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
+def bind(names: tuple[str, ...], args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
     """Return the arguments by name, None where one is not given."""
     given = {**dict(zip(names, args, strict=False)), **kwargs}
     return [given.get(name) for name in names]

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import nn
 
 from windlass.data.batch import Batch
 from windlass.dist.comm import Comm, Group
@@ -37,6 +38,7 @@ from windlass.parallel.pipeline.schedule import Layout, Schedule
 from windlass.parallel.precision import PrecisionConfig
 from windlass.parallel.stages import TURNAROUND, build_runner, gathers, hidden_width, realise
 from windlass.parallel.stepper import Stepper
+from windlass.parallel.tiles import check_tiles
 from windlass.parallel.unit import Unit
 from windlass.parallel.unit_state import Fill
 from windlass.parallel.units import ModelPlan, RankShare, plan_units
@@ -66,10 +68,12 @@ class Engine:
     The model's parameters are built on the meta device and get their values through `fill(name, start, stop, out_1d)`,
     asked only for the elements this rank holds. `account(state class, bytes)` is told of every buffer. `pipeline` says
     which stages and rows of the vocabulary are where and in what order they run; without one there is one stage.
-    `offload` has the tiers of what does not rest on the device.
+    `offload` has the tiers of what does not rest on the device. Weights with more than `tile` elements are gathered in
+    tiles (0: none are).
 
     Collective:  construction, every step, evaluation; all ranks of the mesh
-    Raises:      ModelError if the model has nothing to train or a buffer was left on the meta device
+    Raises:      ModelError if the model has nothing to train or a buffer was left on the meta device; PlanError
+                 for tiles below stage 3
     """
 
     def __init__(
@@ -88,6 +92,7 @@ class Engine:
         account: Account,
         pipeline: PipelinePlan | None = None,
         offload: OffloadMachine | None = None,
+        tile: int = 0,
     ) -> None:
         self._comm, self._device, self._tracer = comm, device, tracer
         self._precision, self._optimizer = precision, optimizer
@@ -113,7 +118,8 @@ class Engine:
         self.whole: ModelPlan = plan_units(model, 1)
         if not any(u.trainable for u in self.whole.units):
             raise ModelError("the model has no trainable parameter: set requires_grad on what is to be trained")
-        self.plan: ModelPlan = plan_units(model, self._shards.size, share)
+        self.plan: ModelPlan = plan_units(model, self._shards.size, share, tile)
+        check_tiles(self.plan, zero.stage)
         width = hidden_width(model) if len(column) > 1 else 0
         by_name = realise(model, self.plan, share, precision.param_dtype, device.torch_device)
         builder = UnitBuilder(
@@ -129,8 +135,12 @@ class Engine:
         )
         self._offload, self._builder = offload, builder
         self._units: list[Unit] = []
-        for unit_plan in self.plan.units:
-            unit = builder.build(unit_plan, [by_name[p.name] for p in unit_plan.parameters])
+        tiles = self.plan.tile_units
+        for number, unit_plan in enumerate(self.plan.units):
+            parameters = [by_name[p.name] for p in unit_plan.parameters]
+            if number in tiles:
+                parameters = [nn.Parameter(torch.empty_like(p), requires_grad=p.requires_grad) for p in parameters]
+            unit = builder.build(unit_plan, parameters)
             unit.state.fill(fill)
             self._units.append(unit)
         builder.finish()

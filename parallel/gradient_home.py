@@ -18,6 +18,7 @@ from typing import Any, Protocol
 
 import torch
 
+from windlass.offload.lane import Lanes
 from windlass.offload.machine import DeviceMemory, OffloadMachine, grad_key
 from windlass.offload.placement import Chunk, UnitPlacement, pages
 from windlass.offload.slabs import Slab, SlabPool
@@ -39,6 +40,9 @@ class GradientHome(Protocol):
 
     def settled(self, *, last: bool) -> None:
         """Say that a reduction into the buffer is over; `last`: of the step."""
+
+    def rested(self) -> Future[Any]:
+        """Return what is done when the sum so far is where it rests."""
 
     def on_host(self, chunk: Chunk) -> Future[GradientView]:
         """Bring one chunk of the finished sum to host memory."""
@@ -67,6 +71,9 @@ class StaysOnDevice:
     def settled(self, *, last: bool) -> None:
         if self._machine is not None:
             self._mark = self._machine.device.mark()
+
+    def rested(self) -> Future[Any]:
+        return Lanes.done(None)
 
     def on_host(self, chunk: Chunk) -> Future[GradientView]:
         assert self._machine is not None
@@ -115,6 +122,9 @@ class LeavesDevice:
         buffer, self._buffer = self._buffer, None
         self._rested = self._rest(self._flat(buffer))
         self._machine.lanes.then([self._rested], buffer.give)
+
+    def rested(self) -> Future[Any]:
+        return self._rested
 
     def _rest(self, buffer: torch.Tensor) -> Future[Any]:
         machine, mark, size = self._machine, self._mark, self._dtype.itemsize

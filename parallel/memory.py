@@ -10,24 +10,28 @@ rank (an all-gather or reduce-scatter counts the full tensor once, as in the pap
                                                                             in between (turnaround)
 
 Psi is the padded size, the one that is allocated and moved. Gathers of stage 3 are counted by going through the same
-order of uses as the walk, or where the schedule of a pipeline names them, by its actions. A rank of a pipeline counts
-its own stages only. Must not know: models, devices, clusters.
+order of uses as the walk, or where the schedule of a pipeline names them, by its actions. Tiles of large weights are
+gathered at each use, so there recomputing counts as well. A rank of a pipeline counts its own stages only.
+Must not know: models, devices, clusters.
 Source: Rajbhandari et al. 2020, arXiv:1910.02054, sections 5 and 7.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 
+from windlass.parallel.activation import ActivationConfig
 from windlass.parallel.optim import OptimizerConfig
 from windlass.parallel.precision import PrecisionConfig
-from windlass.parallel.units import ModelPlan, UnitPlan
+from windlass.parallel.tiling import tile_passes
+from windlass.parallel.units import ModelPlan, PartPlan, UnitPlan
 from windlass.parallel.zero import ZeroConfig
 
 # State that lives from step to step (the paper's "model states"); the rest is scratch of the walk.
-MODEL_STATES = ("param", "grad", "master", "exp_avg", "exp_avg_sq", "momentum_buffer")
+KEEP = ActivationConfig()
+MODEL_STATES = ("param", "grad", "master", "exp_avg", "exp_avg_sq", "momentum_buffer", "optimizer")
 
 
 @dataclass(frozen=True)
@@ -77,7 +81,12 @@ def state_bytes(
 
 
 def scratch_bytes(
-    plan: ModelPlan, zero: ZeroConfig, precision: PrecisionConfig, *, pipelined: bool = False
+    plan: ModelPlan,
+    zero: ZeroConfig,
+    precision: PrecisionConfig,
+    *,
+    pipelined: bool = False,
+    activation: ActivationConfig = KEEP,
 ) -> dict[str, int]:
     """Return the bytes of buffers that units use in turn: gathered parameters, full gradients, the update's copy."""
     trainable = [u for u in plan.units if u.trainable]
@@ -87,7 +96,7 @@ def scratch_bytes(
         slots = sum(min(2, count) * padded for padded, count in sizes.items())
         scratch["grad_slot"] = slots * precision.reduce_dtype.itemsize
     if zero.stage == 3:
-        buffers = plan_gathers(plan, zero, pipelined=pipelined).buffers
+        buffers = plan_gathers(plan, zero, pipelined=pipelined, activation=activation).buffers
         scratch["gather"] = sum(n * count for n, count in buffers.items()) * precision.param_dtype.itemsize
     if precision.reduce_dtype != precision.master_dtype:
         own = max((u.padded if zero.stage == 0 else u.shard_numel for u in trainable), default=0)
@@ -95,54 +104,102 @@ def scratch_bytes(
     return scratch
 
 
-def plan_gathers(plan: ModelPlan, zero: ZeroConfig, *, pipelined: bool = False) -> Gathers:
+def plan_gathers(
+    plan: ModelPlan, zero: ZeroConfig, *, pipelined: bool = False, activation: ActivationConfig = KEEP
+) -> Gathers:
     """Go through one micro-batch of stage 3 in walk order and note every gather.
 
-    Where the schedule gathers whole stages, each of them counts once, and all that a rank holds may be here at once.
+    Where the schedule gathers whole stages, each of them counts once, and all that a rank holds may be here at once,
+    but for tiles. Every tile counts in backward, though a map whose input needs no gradient does without.
     Invariant: `parallel.walk` brings and drops units at the same places; tests hold the two together.
     """
-    if zero.lowering(pipelined)["gather"] != "none":
-        used = tuple(range(len(plan.units)))
-        return Gathers(used, dict(Counter(u.padded for u in plan.units)))
+    scheduled = zero.lowering(pipelined)["gather"] != "none"
     gathered: list[int] = []
     most: Counter[int] = Counter()
+    if scheduled:
+        tiles = plan.tile_units
+        gathered += [u for u in range(len(plan.units)) if u not in tiles]
+        most.update(plan.units[u].padded for u in gathered)
+    in_turn: Counter[int] = Counter()
     for stage in plan.stages:
-        found = _gathers_of_stage(plan, [part.units for part in stage.parts], zero, pipelined)
+        parts = [replace(part, units=()) for part in stage.parts] if scheduled else stage.parts
+        found = _Uses(plan, parts, zero, activation, pipelined, _first_backward(plan, stage.parts)).find()
         gathered += found.units
-        most |= Counter(found.buffers)
+        in_turn |= Counter(found.buffers)
+    if scheduled:
+        return Gathers(tuple(gathered), dict(most + in_turn))
+    most |= in_turn
     if plan.vocab is not None:  # looked up and scored, and transposed once more
         gathered += [plan.vocab[0], plan.vocab[1], plan.vocab[1]]
         most |= Counter({plan.units[u].padded: 1 for u in plan.vocab})  # one after the other
     return Gathers(tuple(gathered), dict(most))
 
 
-def _gathers_of_stage(plan: ModelPlan, parts: Sequence[tuple[int, ...]], zero: ZeroConfig, pipelined: bool) -> Gathers:
-    last = len(parts) - 1
-    reshard = zero.resharding(pipelined)
-    first_backward = next((i for i, units in enumerate(parts) if any(plan.units[u].trainable for u in units)), last + 1)
-    forward, backward = list(range(last + 1)), list(range(last, first_backward - 1, -1))
-    gathered: list[int] = []
-    here: set[int] = set()
-    most: Counter[int] = Counter()
+def _first_backward(plan: ModelPlan, parts: Sequence[PartPlan]) -> int:
+    """Return the part at which backward ends: the first with something to train."""
+    trained = (i for i, part in enumerate(parts) if any(plan.units[u].trainable for u in part.all_units))
+    return next(trained, len(parts))
 
-    def bring(order: list[int], position: int) -> None:
-        for part in order[position : position + 1 + zero.prefetch]:
-            for unit in parts[part]:
-                if unit not in here:
-                    here.add(unit)
-                    gathered.append(unit)
-        now = Counter(plan.units[u].padded for u in here)
-        most.update({n: count - most[n] for n, count in now.items() if count > most[n]})
 
-    for position, part in enumerate(forward):
-        bring(forward, position)
-        keeps = reshard == "never" or (reshard == "turnaround" and part >= last - 1)
-        if not (keeps and part >= first_backward):
-            here.difference_update(parts[part])
-    for position, part in enumerate(backward):
-        bring(backward, position)
-        here.difference_update(parts[part])
-    return Gathers(tuple(gathered), dict(most))
+class _Uses:
+    """Goes through one stage forwards and backwards: units with their parts, tiles one after another inside them."""
+
+    def __init__(
+        self,
+        plan: ModelPlan,
+        parts: Sequence[PartPlan],
+        zero: ZeroConfig,
+        activation: ActivationConfig,
+        pipelined: bool,
+        first_backward: int,
+    ) -> None:
+        self._plan, self._parts, self._prefetch = plan, parts, zero.prefetch
+        self._reshard, self._first_backward = zero.resharding(pipelined), first_backward
+        self._again = [activation.recomputes(part.name) for part in parts]
+        self._gathered: list[int] = []
+        self._here: set[int] = set()
+        self._most: Counter[int] = Counter()
+
+    def find(self) -> Gathers:
+        """Return what is gathered, and the most buffers that are in use at once."""
+        parts, last = self._parts, len(self._parts) - 1
+        passes = tile_passes(
+            [(part.tiles, again) for part, again in zip(parts, self._again, strict=True)], self._first_backward
+        )
+        forward, backward = list(range(last + 1)), list(range(last, self._first_backward - 1, -1))
+        tiles = [u for weight, _ in passes.forward for u in weight]
+        at = 0
+        for position, part in enumerate(forward):
+            self._bring(forward, position)
+            at = self._use(tiles, at, sum(map(len, parts[part].tiles)))
+            keeps = self._reshard == "never" or (self._reshard == "turnaround" and part >= last - 1)
+            if not (keeps and part >= self._first_backward):
+                self._here.difference_update(parts[part].units)
+        tiles = [u for weight, _ in passes.recompute for u in weight]
+        at = 0
+        for position, part in enumerate(backward):
+            self._bring(backward, position)
+            at = self._use(tiles, at, sum(map(len, parts[part].tiles)) * (2 if self._again[part] else 1))
+            self._here.difference_update(parts[part].units)
+        return Gathers(tuple(self._gathered), dict(self._most))
+
+    def _bring(self, order: list[int], position: int) -> None:
+        """Bring a part's units, and those of the next parts."""
+        self._gather(u for part in order[position : position + 1 + self._prefetch] for u in self._parts[part].units)
+
+    def _use(self, tiles: list[int], first: int, count: int) -> int:
+        """Use the next tiles one after another, bringing those that follow; return what comes after them."""
+        for at in range(first, first + count):
+            self._gather(tiles[at : at + 1 + self._prefetch])
+            self._here.discard(tiles[at])
+        return first + count
+
+    def _gather(self, units: Iterable[int]) -> None:
+        for unit in units:
+            if unit not in self._here:
+                self._here.add(unit)
+                self._gathered.append(unit)
+        self._most |= Counter(self._plan.units[u].padded for u in self._here)
 
 
 def plan_traffic(
@@ -154,6 +211,7 @@ def plan_traffic(
     world_size: int,
     num_micro_batches: int,
     stage_gathers: Mapping[int, int] | None = None,
+    activation: ActivationConfig = KEEP,
 ) -> list[Transfer]:
     """Return what one rank moves in one training step for ZeRO, as the ledger of `dist` will count it.
 
@@ -172,9 +230,11 @@ def plan_traffic(
         rows.append(_transfer("shard", "all_gather", "param", trainable, param, num_shards))
     else:
         if stage_gathers is None:
-            used = [plan.units[u] for u in plan_gathers(plan, zero).units] * num_micro_batches
+            used = [plan.units[u] for u in plan_gathers(plan, zero, activation=activation).units] * num_micro_batches
         else:
             used = [plan.units[u] for place, units in _units_by_place(plan) for u in units * stage_gathers[place]]
+            tiles, once = plan.tile_units, plan_gathers(plan, zero, pipelined=True, activation=activation).units
+            used += [plan.units[u] for u in once if u in tiles] * num_micro_batches
         rows.append(_transfer("shard", "gather_into", "param", used, param, num_shards))
     if zero.stage > 0:
         own = [u.shard_numel for u in trainable if not u.shared]

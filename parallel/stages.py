@@ -22,6 +22,7 @@ from windlass.parallel.pipeline.channels import Channels
 from windlass.parallel.pipeline.runner import Runner
 from windlass.parallel.pipeline.schedule import Schedule
 from windlass.parallel.pipeline.vocabulary_passes import Rows, VocabularyPasses
+from windlass.parallel.tiles import find_weights
 from windlass.parallel.unit import Unit
 from windlass.parallel.units import ModelPlan, RankShare, model_parts, stage_parts
 from windlass.parallel.vocab.head import VocabHead
@@ -73,13 +74,12 @@ def build_runner(
     for (span, parts), stage in zip(stage_parts(model, share), plan.stages, strict=True):
         steps: list[Step] = []
         for part, part_plan in zip(parts, stage.parts, strict=True):
-            block = int(part.name.removeprefix("blocks.")) if part.role == "block" else None
-            recompute = activation.policy == "recompute" and block is not None and block % activation.every == 0
+            recompute = activation.recomputes(part.name)
             own = tuple(units[u] for u in part_plan.units)
             resident = not any(unit.residency.transient for unit in own)
             turnaround = resharding == "turnaround" and len(steps) >= len(parts) - window
             kept = resident or turnaround or (resharding == "never" and not scheduled)
-            steps.append(Step(part, own, not recompute, kept, scheduled))
+            steps.append(Step(part, own, not recompute, kept, scheduled, find_weights(part, part_plan, units)))
         wants_input = not span.begins and begins < span.first + 1
         if span.begins and share.shard is not None and plan.vocab is not None:
             wants_input = plan.units[plan.vocab[0]].trainable

@@ -155,6 +155,9 @@ class Stepper:
             self._forget_loads()
             if speculated:
                 self._undo()
+            for unit in self._recorded:
+                assert unit.reducer is not None  # nobody used its gradient, so nobody waited for it
+                self._machine.lanes.wait(unit.reducer.home.rested(), f"gradient {unit.plan.name}")
             return
         if not speculated or scale != 1.0:
             if speculated:

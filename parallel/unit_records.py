@@ -256,7 +256,7 @@ class StateInRecords:
         self._residency.writable()
         for i, chunk in enumerate(self.placement.chunks):
             fetched = store.create(self.key(i)) if create else store.fetch(self.key(i))
-            staged = self._staging(chunk) if not self._moves_to_device(chunk) else None
+            staged = self._staging(chunk)
             lease = machine.lanes.wait(fetched, self.key(i))
             fields = self._fields(chunk, lease.ready())
             write(chunk, fields)

@@ -2,7 +2,8 @@
 
 A unit is one part of the model (embedding, one block, head); its frozen parameters form a second unit, because they
 are gathered but never reduced or stepped. A pipeline rank plans the parts of its own stages only; where the vocabulary
-is cut over the ranks, its rows of the embedding and of the output projection are units of their own. Inside a unit,
+is cut over the ranks, its rows of the embedding and of the output projection are units of their own; so are the tiles
+of weights that are too large to be gathered at once. Inside a unit,
 parameters with weight decay come first, so that a shard cut anywhere needs at most two optimizer groups. Every
 parameter starts at a multiple of `ALIGN` elements and the whole is padded to a multiple of `ALIGN` per shard: then
 kernels see the same alignment under every cut, which is what makes the stages of ZeRO bitwise equal.
@@ -20,6 +21,7 @@ from torch import nn
 
 from windlass.dist.errors import PlanError
 from windlass.model.protocol import BlockModel
+from windlass.parallel.tiling import cut_rows, tiled_weights
 from windlass.parallel.vocab.shard import VocabShard
 
 ALIGN = 64  # elements; a cache line of bf16 holds 32, and vector loops of 64 never leave a scalar tail
@@ -125,11 +127,20 @@ class UnitPlan:
 
 @dataclass(frozen=True)
 class PartPlan:
-    """One step of the walk and the units it reads (its own, and that of a tied parameter)."""
+    """One step of the walk and the units it reads (its own, and that of a tied parameter).
+
+    `tiles` are units too, by weight: each is gathered while its weight is used, not with the part.
+    """
 
     name: str
     role: str
     units: tuple[int, ...]
+    tiles: tuple[tuple[int, ...], ...] = ()
+
+    @property
+    def all_units(self) -> tuple[int, ...]:
+        """Units and tiles."""
+        return self.units + tuple(u for weight in self.tiles for u in weight)
 
 
 @dataclass(frozen=True)
@@ -152,6 +163,12 @@ class ModelPlan:
     def numel(self) -> int:
         """Parameters that this rank counts as its own."""
         return sum(u.numel for u in self.units if not u.borrowed)
+
+    @property
+    def tile_units(self) -> frozenset[int]:
+        """Units that are a tile of a weight."""
+        parts = [part for stage in self.stages for part in stage.parts]
+        return frozenset(u for part in parts for weight in part.tiles for u in weight)
 
     @property
     def trainable_numel(self) -> int:
@@ -206,14 +223,15 @@ def is_tied(model: BlockModel) -> bool:
     return any(id(p) in ids for p in model.head.parameters())
 
 
-def plan_units(model: BlockModel, num_shards: int, share: RankShare | None = None) -> ModelPlan:
+def plan_units(model: BlockModel, num_shards: int, share: RankShare | None = None, tile: int = 0) -> ModelPlan:
     """Lay out the parameters that one rank holds (on any device, meta included) in units cut into `num_shards`.
 
-    A parameter shared by two parts belongs to the first; the second part lists that unit among those it reads.
-    Raises:      PlanError if the vocabulary is to be cut and cannot be
+    A parameter shared by two parts belongs to the first; the second part lists that unit among those it reads. Linear
+    maps of blocks with more than `tile` elements are cut into tiles of at most that (0: none are).
+    Raises:      PlanError if the vocabulary is to be cut and cannot be, or a row of a weight is larger than a tile
     """
     share = share or RankShare.whole(len(model.blocks))
-    builder = _Builder(num_shards)
+    builder = _Builder(num_shards, tile, tiled_weights(model, tile))
     apart: dict[int, str] = {}
     vocab = None
     if share.shard is not None:
@@ -238,9 +256,9 @@ def _in(parameter: nn.Parameter, module: nn.Module) -> bool:
 class _Builder:
     """Collects units; every parameter object goes into one."""
 
-    def __init__(self, num_shards: int) -> None:
+    def __init__(self, num_shards: int, tile: int, tiled: set[int]) -> None:
         self.units: list[UnitPlan] = []
-        self._num_shards = num_shards
+        self._num_shards, self._tile, self._tiled = num_shards, tile, tiled
         self._owner: dict[int, int] = {}  # id(parameter) -> unit index
 
     def add_rows(self, shard: VocabShard, table: nn.Parameter, projection: nn.Parameter) -> tuple[int, int]:
@@ -257,6 +275,7 @@ class _Builder:
         """Add the parameters of a part that are new, those in `apart` as a unit of their own."""
         used: set[int] = set()
         fresh: dict[bool, list[tuple[ParameterPlan, nn.Parameter]]] = {True: [], False: []}
+        large: list[tuple[ParameterPlan, nn.Parameter]] = []
         for name, parameter in part.module.named_parameters():
             if part.role == "place" and name == "tokens.weight":
                 continue  # its rows are cut over the ranks
@@ -270,14 +289,37 @@ class _Builder:
                 borrowed = not span.begins
                 self._add(name, parameter.requires_grad, [(plan, parameter)], shared=True, borrowed=borrowed)
                 used.add(self._owner[id(parameter)])
+            elif id(parameter) in self._tiled:
+                large.append((plan, parameter))
             else:
                 fresh[parameter.requires_grad].append((plan, parameter))
         for trainable, members in fresh.items():
             if members:
                 used.add(self._add(part.name if trainable else f"{part.name}.frozen", trainable, members))
-        return PartPlan(part.name, part.role, tuple(sorted(used)))
+        tiles = tuple(self._add_tiles(*member) for member in large)
+        return PartPlan(part.name, part.role, tuple(sorted(used)), tiles)
 
-    def _add(self, name: str, trainable: bool, members: list[tuple[ParameterPlan, nn.Parameter]], **facts: bool) -> int:
+    def _add_tiles(self, whole: ParameterPlan, parameter: nn.Parameter) -> tuple[int, ...]:
+        """Add the tiles of one weight. All get the size of the largest, so that they use the same buffers in turn."""
+        rows, width = whole.shape
+        ranges = cut_rows(whole.name, rows, width, self._tile)
+        name, largest = whole.name.removesuffix(".weight"), max(high - low for low, high in ranges) * width
+        units = []
+        for number, (low, high) in enumerate(ranges):
+            shape = (high - low, width)
+            plan = replace(whole, shape=shape, numel=math.prod(shape), first=low * width)
+            members = [(plan, parameter)]
+            units.append(self._add(f"{name}.tile{number}", parameter.requires_grad, members, room=largest))
+        return tuple(units)
+
+    def _add(
+        self,
+        name: str,
+        trainable: bool,
+        members: list[tuple[ParameterPlan, nn.Parameter]],
+        room: int = 0,
+        **facts: bool,
+    ) -> int:
         # Biases and norm gains (fewer than two dims) are not decayed: the usual rule of GPT-style training.
         plans: list[ParameterPlan] = []
         end = decay_end = 0
@@ -286,6 +328,6 @@ class _Builder:
             plans.append(replace(plan, offset=end))
             end = _up(end + plan.size, ALIGN)
             decay_end = end if plan.decay else decay_end
-        padded = _up(end, ALIGN * self._num_shards)
+        padded = _up(max(end, room), ALIGN * self._num_shards)
         self.units.append(UnitPlan(name, trainable, tuple(plans), decay_end, padded, self._num_shards, **facts))
         return len(self.units) - 1

@@ -23,6 +23,7 @@ from windlass.dist.trace import Tracer
 from windlass.model.loss import label_log_probs
 from windlass.parallel.buffers import Account
 from windlass.parallel.deferred import DeferProducts, Product
+from windlass.parallel.tiles import TiledWeight, TileUses, plan_passes
 from windlass.parallel.unit import Unit
 from windlass.parallel.units import ParameterPlan, Part
 
@@ -38,6 +39,12 @@ class Step:
     keep_graph: bool  # activations are kept from forward to backward
     keep_gathered: bool  # its units stay gathered from forward to backward, which then follows at once
     scheduled: bool = False  # its units are gathered and released by the schedule, not here
+    weights: tuple[TiledWeight, ...] = ()  # gathered and released tile by tile where they are used
+
+    @property
+    def tiles(self) -> list[Unit]:
+        """Units that are tiles."""
+        return [unit for weight in self.weights for unit in weight.units]
 
     @property
     def as_places(self) -> bool:
@@ -54,6 +61,7 @@ class _Saved:
     held: dict[int, int] = field(default_factory=dict)  # storage -> bytes that were booked for this part
     products: list[Product] = field(default_factory=list)  # weight gradients that wait
     gradients: dict[int, Gradients] = field(default_factory=dict)  # by position of the unit: those that came at once
+    uses: TileUses | None = None  # of its tiles, where it has some and a graph was recorded
 
 
 @dataclass
@@ -64,6 +72,7 @@ class _MicroBatch:
     context: Any
     saved: list[_Saved]
     booked: set[int] = field(default_factory=set)  # storages whose bytes are booked
+    rebuilt: bool = False  # what was not kept was recomputed ahead of backward
 
 
 class Walk:
@@ -88,7 +97,7 @@ class Walk:
         # Where the schedule gathers, it also says when.
         self._reach = max((u.residency.reach for s in steps for u in s.units if not s.scheduled), default=0)
         last = len(self.steps) - 1
-        trainable = [i for i, s in enumerate(self.steps) if any(u.reducer is not None for u in s.units)]
+        trainable = [i for i, s in enumerate(self.steps) if any(u.reducer is not None for u in (*s.units, *s.tiles))]
         # The backward walk ends at the first part that has something to train, or somebody before it who waits.
         self._first_backward = 0 if wants_input else trainable[0] if trainable else last + 1
         self._wants_input = wants_input
@@ -102,17 +111,24 @@ class Walk:
                 if unit.reducer is not None and id(unit) not in seen:
                     seen.add(id(unit))
                     self._completes[i].append(unit)
+        self._passes = plan_passes([(s.weights, not s.keep_graph) for s in self.steps], self._first_backward)
         self._under_way: dict[int, _MicroBatch] = {}
 
     @property
+    def tiles(self) -> list[Unit]:
+        """Units that this stage reads one after another, on its own account."""
+        return [unit for step in self.steps for unit in step.tiles]
+
+    @property
     def units(self) -> list[Unit]:
-        """Units that this stage reads."""
+        """Units that this stage reads, but for tiles."""
         return list({id(u): u for step in self.steps for u in step.units}.values())
 
     @property
     def completed_units(self) -> list[Unit]:
         """Units whose gradients this stage completes, in no matter which of its parts."""
-        return [unit for units in self._completes.values() for unit in units]
+        whole = [unit for units in self._completes.values() for unit in units]
+        return whole + [unit for unit in self.tiles if unit.reducer is not None]
 
     # -- forward -----------------------------------------------------------------------------------------------------
 
@@ -131,13 +147,16 @@ class Walk:
                 saved = _Saved(leaf, None)
                 if i >= self._first_backward:
                     self._book(run, saved, leaf)
-                with torch.enable_grad() if keep else torch.no_grad(), self._recording(step, run, saved, keep):
+                with (
+                    torch.enable_grad() if keep else torch.no_grad(),
+                    self._recording(step, run, saved, keep, "forward"),
+                ):
                     out = self._call(step.part, leaf, batch, context)
                 self._advance(self._order_forward, i)
                 saved.output = out if keep else None
                 run.saved.append(saved)
                 h = out.detach()
-                self._drop(step, keep=step.keep_gathered and i >= self._first_backward)
+                self._drop(step, "forward", keep=step.keep_gathered and i >= self._first_backward)
         assert h is not None
         return h
 
@@ -154,9 +173,10 @@ class Walk:
                 if per_token and step.part.role == "head" and h is not None:
                     h = label_log_probs(step.part.module, h, batch.labels_BT)
                 else:
-                    h = self._call(step.part, h, batch, context)
+                    with TileUses(step.weights, self._passes["forward"]).calls() if step.weights else nullcontext():
+                        h = self._call(step.part, h, batch, context)
                 self._advance(self._order_forward, i)
-                self._drop(step, keep=False)
+                self._drop(step, "forward")
         assert h is not None
         return h
 
@@ -164,13 +184,15 @@ class Walk:
 
     def rebuild(self, number: int) -> None:
         """Recompute what forward of micro-batch `number` did not keep, before its backward needs it."""
+        run = self._under_way[number]
+        run.rebuilt = True
         for i in self._order_backward:
-            step, saved = self.steps[i], self._under_way[number].saved[i]
+            step, saved = self.steps[i], run.saved[i]
             if saved.output is None:
                 for unit in step.units:
                     unit.ready()
-                self._recompute(step, saved, self._under_way[number])
-                self._drop(step, keep=False)
+                self._recompute(step, saved, run, "rebuild")
+                self._drop(step, "rebuild")
 
     def both_gradients(self, number: int, gradient: torch.Tensor, *, complete: bool) -> torch.Tensor | None:
         """Run micro-batch `number` backwards; return the gradient of the stage's input where it is wanted.
@@ -204,17 +226,20 @@ class Walk:
 
     def _back(self, i: int, run: _MicroBatch, gradient: torch.Tensor | None) -> torch.Tensor | None:
         step, saved = self.steps[i], run.saved[i]
+        passed = "backward" if run.rebuilt else "recompute"
         self._bring(self._order_backward, len(self.steps) - 1 - i)
         if saved.output is None:
-            self._recompute(step, saved, run)
+            self._recompute(step, saved, run, passed)
+        if saved.uses is not None:
+            saved.uses.now = self._passes[passed]
         below = self._differentiate(step, saved, gradient)
         self._advance(self._order_backward, len(self.steps) - 1 - i)
         self._strike(run, saved)
-        self._drop(step, keep=False)
+        self._drop(step, passed)
         return below
 
-    def _recompute(self, step: Step, saved: _Saved, run: _MicroBatch) -> None:
-        with torch.enable_grad(), self._recording(step, run, saved, True):
+    def _recompute(self, step: Step, saved: _Saved, run: _MicroBatch, passed: str) -> None:
+        with torch.enable_grad(), self._recording(step, run, saved, True, passed):
             saved.output = self._call(step.part, saved.input, run.batch, run.context)
 
     def _differentiate(self, step: Step, saved: _Saved, gradient: torch.Tensor | None) -> torch.Tensor | None:
@@ -222,6 +247,8 @@ class Walk:
         assert saved.output is not None
         trainable = [(u, p, parameter) for u, unit in enumerate(step.units) for p, parameter in unit.trainable()]
         inputs: list[torch.Tensor] = [parameter for _, _, parameter in trainable]
+        # Gradients of tiles are formed on the way; asking for those of their weights says that they are wanted.
+        inputs += [weight.parameter for weight in step.weights if weight.trained]
         wants_input = saved.input is not None and saved.input.requires_grad
         if wants_input:
             assert saved.input is not None
@@ -234,7 +261,7 @@ class Walk:
         if wants_input and below is None:
             assert saved.input is not None
             below = torch.zeros_like(saved.input)
-        for (u, p, _), g in zip(trainable, found, strict=True):
+        for (u, p, _), g in zip(trainable, found[: len(trainable)], strict=True):
             if g is not None:
                 saved.gradients.setdefault(u, []).append((p, g))
         saved.input = None
@@ -254,6 +281,8 @@ class Walk:
             assert reducer is not None
             reducer.add(gradients)
         saved.gradients.clear()
+        if saved.uses is not None:
+            saved.uses.hand_in(complete=complete)
         if complete:
             for unit in self._completes[i]:
                 unit.complete()
@@ -290,16 +319,22 @@ class Walk:
             for unit in self.steps[ahead].units:
                 unit.residency.advance(distance)
 
-    def _drop(self, step: Step, keep: bool) -> None:
+    def _drop(self, step: Step, passed: str, *, keep: bool = False) -> None:
+        self._passes[passed].drop(step.weights)
         if not keep and not step.scheduled:
             for unit in step.units:
                 unit.release()
 
-    def _recording(self, step: Step, run: _MicroBatch, saved: _Saved, keep: bool) -> AbstractContextManager[Any]:
+    def _recording(
+        self, step: Step, run: _MicroBatch, saved: _Saved, keep: bool, passed: str
+    ) -> AbstractContextManager[Any]:
         """Record a graph so that gathered buffers can be reused, weight products can wait and bytes are booked."""
-        if not keep or not (self._split or step.as_places or self._account is not None):
-            return nullcontext()
         recording = ExitStack()
+        if step.weights:
+            saved.uses = TileUses(step.weights, self._passes[passed], split=self._split)
+            recording.enter_context(saved.uses.calls())
+        if not keep or not (self._split or step.as_places or self._account is not None):
+            return recording
         if step.as_places or self._account is not None:
             where = {unit.ready().untyped_storage().data_ptr(): unit for unit in step.units}
 

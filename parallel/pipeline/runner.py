@@ -83,7 +83,7 @@ class Runner:
     @property
     def units(self) -> list[Unit]:
         """Every unit of this rank, once."""
-        found = [unit for walk in self._walks.values() for unit in walk.units]
+        found = [unit for walk in self._walks.values() for unit in (*walk.units, *walk.tiles)]
         found += self._vocabulary.units if self._vocabulary is not None else []
         return list({id(unit): unit for unit in found}.values())
 

@@ -88,7 +88,7 @@ def build(
     tracer = Tracer()
     plan = plan_offload(
         config,
-        unit_facts(plan_units(model, mesh.sizes["dp_shard"]), case.zero),
+        unit_facts(plan_units(model, mesh.sizes["dp_shard"], tile=config.tile), case.zero),
         element_sizes(precision, case.optimizer_config),
         clips=case.clip > 0,
         accumulates=case.micro_batches > comm.world.size,
@@ -112,6 +112,7 @@ def build(
         tracer=tracer,
         account=lambda state, held: ledger.add("device", state, held),
         offload=machine,
+        tile=config.tile,
     )
     return engine, machine
 

@@ -59,6 +59,7 @@ class Case:
     weights: bool = False
     frozen: tuple[str, ...] = ()
     no_labels: bool = False
+    tile: int = 0
 
     def steps(self) -> list[list[Batch]]:
         total = self.micro_batches * self.columns
@@ -109,6 +110,7 @@ def build_engine(comm: Comm, case: Case) -> Engine:
         tracer=Tracer(),
         account=lambda state, held: None,
         pipeline=pipeline,
+        tile=case.tile,
     )
 
 
