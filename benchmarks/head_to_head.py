@@ -245,7 +245,7 @@ def heading(rows: Sequence[Sample], given: argparse.Namespace) -> str:
     """Return the line above the table of one case."""
     case = rows[0].case
     return (
-        f"\n{case.dtype}: {rows[0].num_parameters:,} parameters, {case.num_ranks} ranks x 1 thread, "
+        f"\n{case.title}: {rows[0].num_parameters:,} parameters, 1 thread per rank, "
         f"{given.micro_batch} x {given.seq_len} tokens per rank, clip {given.clip}, {given.rounds} round(s) of "
         f"{given.steps} timed steps"
     )

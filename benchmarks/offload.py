@@ -75,6 +75,7 @@ OURS: dict[str, dict[str, Any]] = {
 }
 OURS["windlass-mlp-offload"]["cache"] = CACHED
 SIDES = (*PEERS, *OURS)
+CLIPPED = "No step after a clipped one updates inside backward; --clip sets the limit"
 
 
 @dataclass(frozen=True)
@@ -135,7 +136,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--sides", default=",".join(SIDES), help="of peers, comma-separated, out of: %(default)s")
     parser.add_argument("--ranks", default="1,2", help="numbers of ranks of peers (%(default)s)")
     parser.add_argument(
-        "--models", default="gpt-50m,gpt3-125m", help="presets or YAML files of model keys, of peers (%(default)s)"
+        "--models", help="presets or YAML files of model keys, of peers (gpt-50m,gpt3-125m; with --quick gpt-50m)"
     )
     parser.add_argument("--folder", type=Path, default=Path("/var/tmp"), help="on the drive that is used (%(default)s)")
     parser.add_argument("--chunk", type=int, default=1 << 20, help="offload.chunk of Windlass (%(default)s)")
@@ -145,13 +146,16 @@ def parse() -> argparse.Namespace:
     lanes.add_argument("--lane-model", default="gpt-50m", help="model (%(default)s)")
     lanes.add_argument("--lane-micro-batch", type=int, default=4, help="sequences per step (%(default)s)")
     lanes.add_argument("--lane-seq-len", type=int, default=256, help="tokens per sequence (%(default)s)")
-    lanes.add_argument("--rates", default="200,500", help="MB/s of slowed-down drives in links (%(default)s)")
-    lanes.add_argument("--io-shares", default="0.5,1.0", help="of order: drive seconds per computing second, each way")
+    lanes.add_argument("--rates", help="MB/s of slowed-down drives in links (200,500; with --quick 400)")
+    lanes.add_argument(
+        "--io-shares", help="of order: drive seconds per computing second, each way (0.5,1.0; with --quick 1.0)"
+    )
     add_options(parser)
     given = parser.parse_args()
     quicken(given)
-    if given.quick:
-        given.models, given.rates, given.io_shares = "gpt-50m", "400", "1.0"
+    given.models = given.models or ("gpt-50m" if given.quick else "gpt-50m,gpt3-125m")
+    given.rates = given.rates or ("400" if given.quick else "200,500")
+    given.io_shares = given.io_shares or ("1.0" if given.quick else "0.5,1.0")
     if not given.folder.is_dir():
         parser.error(f"--folder {given.folder}: there is no such folder. Give one on the drive that is to be used")
     return given
@@ -206,8 +210,12 @@ def report_peers(console: Console, samples: Sequence[Sample], given: argparse.Na
     problems = []
     for case in dict.fromkeys(s.case for s in samples):
         rows = [s for s in samples if s.case == case]
-        console.print(f"{heading(rows, given)}, {case.title}", highlight=False)
+        console.print(heading(rows, given), highlight=False)
         console.print(table_of(rows, given))
+        for side in dict.fromkeys(s.side for s in rows if s.facts.get("clipped")):
+            clipped = sum(s.facts["clipped"] for s in rows if s.side == side)
+            steps = given.steps * sum(s.side == side for s in rows)
+            console.print(f"{side}: {clipped} of {steps} timed steps were clipped. {CLIPPED}", highlight=False)
         # A rank that does not communicate trains the same model if it is the only one.
         alone = ("alone",) if case.num_ranks > 1 else ()
         problems += disagreements(rows, case.title, LOSS_TOLERANCE[case.dtype], alone=alone)

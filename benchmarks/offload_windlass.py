@@ -92,9 +92,15 @@ class WindlassSteps:
         return float(report.loss)
 
     def facts(self, first: int, last: int) -> dict[str, Any]:
-        """Return what steps [first, last) took: medians of seconds by phase, means by lane; peaks of bytes by tier."""
+        """Return what steps [first, last) took: medians of seconds by phase, means by lane; peaks of bytes by tier.
+
+        `clipped` are those after which a policy that speculates had to make its updates again.
+        """
         phases, lanes = self.phases[first:last], self.lanes[first:last]
+        speculates = self.plan is not None and self.plan.shadowed
+        clip = self.workload.clip if speculates else 0.0
         return {
+            "clipped": sum(norm > clip > 0 for norm in self.norms[first:last]),
             "phases": {name: statistics.median(p[name] for p in phases) for name in phases[0]},
             "lanes": mean_lanes(lanes),
             "tiers": {tier: dict(self.ledger.peak_by_class(tier)) for tier in ("device", "host", "nvme")},

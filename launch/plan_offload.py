@@ -28,7 +28,7 @@ from windlass.offload.program import COPY_LANES, step_bytes
 from windlass.offload.rates import Rates
 from windlass.offload.simulate import StepTimeline, simulate
 from windlass.offload.workload import PartWork, Workload
-from windlass.parallel.offloading import element_sizes, unit_facts
+from windlass.parallel.offloading import element_sizes, tile_orders, unit_facts
 from windlass.parallel.units import ModelPlan
 
 EXACT_RECORDS = 2500  # up to so many, bytes are counted record by record; above, several are taken together
@@ -190,19 +190,17 @@ def _workload(
     tokens = train.micro_batch * train.seq_len
     rate = cluster.device_flops
     attention = attention_flops_per_token(model, train.seq_len) * tokens
-    recompute = config.activation.policy == "recompute"
     parts = []
     for stage in units.stages:
         for part in stage.parts:
-            linear = 2.0 * tokens * sum(units.units[u].numel for u in part.units)
-            forward, backward = 0.0, 0.0
+            linear = 2.0 * tokens * sum(units.units[u].numel for u in part.all_units)
+            again, forward, backward = config.activation.recomputes(part.name), 0.0, 0.0
             if part.role == "block" and rate:
                 forward = (linear + attention) / rate
-                again = recompute and int(part.name.removeprefix("blocks.")) % config.activation.every == 0
                 backward = (3 if again else 2) * forward
             elif part.role == "head" and rate:  # the loss forms both gradients in its forward
                 forward = 3 * linear / rate
-            parts.append(PartWork(part.name, part.units, forward, backward))
+            parts.append(PartWork(part.name, part.units, forward, backward, *tile_orders(part, recomputed=again)))
     shards = units.units[0].num_shards if zero.stage else 1
     resharding = zero.resharding(config.parallelism.pp > 1)
     return Workload(

@@ -35,6 +35,7 @@ class Progress:
     seconds: float = 0.0
     passed_over: list[str] = field(default_factory=list)
     changes: list[str] = field(default_factory=list)
+    on_drives: bool = False  # found whole on the drives, and in no checkpoint
 
 
 @dataclass(frozen=True)

@@ -353,4 +353,6 @@ def _predicted(plan: Plan) -> dict[str, int]:
     for classes in tiers:
         for state, num_bytes in classes.items():
             predicted[state] = predicted.get(state, 0) + num_bytes
-    return {"total": plan.device_bytes, **predicted}
+    # On a CPU the device's memory is the host's: a process holds both.
+    host = sum(plan.bytes["host"].values()) if plan.device == "cpu" else 0
+    return {"total": plan.device_bytes + host, **predicted}

@@ -132,7 +132,7 @@ def go_on_from_drives(config: JobConfig, engine: Restorable, world: Peers, extra
     engine.optimizer_steps = extra["optimizer_steps"]
     where = "state on nvme"
     changed = changes(extra, config, world.size)
-    return Progress(extra["step"], extra["consumed"], extra["tokens"], where, 0.0, [], changed)
+    return Progress(extra["step"], extra["consumed"], extra["tokens"], where, 0.0, [], changed, on_drives=True)
 
 
 def step_of(checkpoint: Path) -> int:

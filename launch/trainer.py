@@ -37,7 +37,7 @@ class Trainer:
         self.tokens = run.progress.tokens
         self.productive_s = 0.0
         self._skips = 0  # consecutive
-        self._saved_at = self.step if run.progress.folder else -1
+        self._saved_at = self.step if run.progress.folder and not run.progress.on_drives else -1
         self._comm_bytes = run.comm_bytes()
 
     def train(self) -> Ended:
@@ -59,6 +59,8 @@ class Trainer:
             )
             raise
         run.events.emit(ended)
+        if run.offload is not None:  # whoever goes on from here goes on from the checkpoint
+            run.offload.finished = self._saved_at == self.step
         return ended
 
     def _loop(self, signals: StopSignals) -> str:

@@ -16,7 +16,7 @@ from windlass.offload.compile import build_program
 from windlass.offload.costs import best_device_share
 from windlass.offload.linear import Problem, solve
 from windlass.offload.placement import TIERS, OffloadPlan, Sizes, plan_offload
-from windlass.offload.plan_bytes import footprints, gather_buffers, gradient_buffers, slab_bytes
+from windlass.offload.plan_bytes import footprints, gather_buffers, gradients_under_way, slab_bytes
 from windlass.offload.policy import POLICIES, OffloadConfig
 from windlass.offload.rates import Rates
 from windlass.offload.simulate import StepTimeline, simulate
@@ -109,7 +109,7 @@ def least_on_device(plan: OffloadPlan, work: Workload) -> str:
     largest = max(range(len(plan.units)), key=lambda u: plan.units[u].numel)
     numel = plan.units[largest].numel
     whole = numel * work.num_shards * plan.sizes.param * gather_buffers(plan, work).get(numel * work.num_shards, 1)
-    grads = numel * plan.sizes.reduce * gradient_buffers(plan, work).get(numel, 1)
+    grads = numel * plan.sizes.reduce * gradients_under_way(plan, work).get(numel, 1)
     return (
         f"The largest unit, {plan.units[largest].name}, takes {whole:,} bytes for parameters in use or ahead and "
         f"{grads:,} for gradients on the device"

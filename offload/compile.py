@@ -16,7 +16,7 @@ from windlass.offload.placement import OffloadPlan, pages
 from windlass.offload.plan_bytes import (
     DEVICE_RECORDS,
     ahead_of,
-    gradient_buffers,
+    gradients_under_way,
     leaves,
     param_slab_bytes,
     plan_bytes,
@@ -73,7 +73,8 @@ class _Compiler:
         self._kept = kept_parts(work, plan.window)
         self._completes: dict[int, list[int]] = {i: [] for i in range(len(work.parts))}
         for part, unit in work.arrivals():
-            self._completes[part].append(unit)
+            if unit not in work.parts[part].tiles_backward:
+                self._completes[part].append(unit)
         self._reducing: deque[tuple[int, int, bool]] = deque()  # unit, its reduction, whether it is the step's last
         self._reduced: list[int] = []
         self._rested: dict[int, int] = {}  # unit -> when its gradient, or a partial sum of it, is where it rests
@@ -97,7 +98,7 @@ class _Compiler:
         self._updates.finish()
         self.add(Task("", "end of step", once((*self.main, *self._rested.values(), *self._updates.ends))))
         pools = {SLABS: plan.slabs, PARAMS: plan.slabs, STAGED: staging_slabs(plan), DEVICE_SLABS: DEVICE_RECORDS}
-        pools |= {gradient_pool(numel): count for numel, count in gradient_buffers(plan, work).items()}
+        pools |= {gradient_pool(numel): count for numel, count in gradients_under_way(plan, work).items()}
         return Program(tuple(self.tasks), pools, resting_bytes(plan, work))
 
     # -- forward and backward ----------------------------------------------------------------------------------------
@@ -105,23 +106,56 @@ class _Compiler:
     def _phase(self, phase: str, m: int, kept: set[int], last: bool) -> None:
         """Go through the parts once. `kept` are units that stay from forward to backward."""
         work, forward = self.work, phase == "forward"
-        order = list(range(len(work.parts)))
-        if not forward:
-            order = order[: work.first_backward - 1 if work.first_backward else None : -1]
-        fetches = _Fetches(self, [work.parts[i].units for i in order], set() if forward else kept)
+        order = work.order(forward=forward)
+        tiles = _Fetches(self, [(u,) for part in order for u in work.parts[part].tiles(forward=forward)], set())
+        used = 0
+        fetches = _Fetches(self, [work.parts[i].units for i in order], self._here(order, kept, forward))
         for position, part in enumerate(order):
             fetches.reach(position)
             cost, stays = work.parts[part], forward and part in self._kept
             if stays:
                 kept.update(cost.units)
-            seconds = cost.forward_s if forward else cost.backward_s
+            uses = cost.tiles(forward=forward)
+            # What each tile takes of the time is not known; nor is it of what is done without one.
+            seconds = (cost.forward_s if forward else cost.backward_s) / (1 + len(uses))
             frees = () if stays else tuple(hold for u in cost.units for hold in self.whole(u))
-            needs = once((*self.main, *fetches.ends(position)))
+            self.main = once((*self.main, *fetches.ends(position)))
+            for i, u in enumerate(uses):
+                self._use_tile(tiles, used, u, seconds, phase)
+                if not forward and work.units[u].trainable and u not in uses[i + 1 :]:
+                    self._complete(u, m, last)
+                used += 1
+            needs = self.main
             compute = self.add(Task(COMPUTE, f"{phase} {cost.name}", needs, seconds, frees=frees, phase=phase))
             self.main = (compute,)
             fetches.advance(position)
             for u in self._completes[part] if not forward else ():
                 self._complete(u, m, last)
+
+    def _use_tile(self, tiles: _Fetches, position: int, u: int, seconds: float, phase: str) -> None:
+        """Compute with a tile when it is there, and let it go."""
+        tiles.reach(position)
+        needs = once((*self.main, *tiles.ends(position)))
+        label = f"{phase} {self.plan.units[u].name}"
+        self.main = (self.add(Task(COMPUTE, label, needs, seconds, frees=tuple(self.whole(u)), phase=phase)),)
+        tiles.advance(position)
+
+    def _here(self, order: list[int], kept: set[int], forward: bool) -> set[tuple[int, int]]:
+        """Return the uses, as (position, unit), for which nothing is brought.
+
+        An earlier part keeps the unit: in forward for all that follow, in backward for the first.
+        """
+        here: set[tuple[int, int]] = set()
+        staying = set(kept)
+        for position, part in enumerate(order):
+            units = set(self.work.parts[part].units)
+            here.update((position, u) for u in units & staying)
+            if not forward:
+                staying -= units
+            elif part in self._kept:
+                staying |= units
+        kept.clear()
+        return here
 
     def whole(self, u: int) -> list[Hold]:
         """Return what a unit's gathered parameters hold."""
@@ -203,11 +237,11 @@ class _Compiler:
 class _Fetches:
     """Brings the parameters of one phase's parts ahead of their use, stage by stage, as the main thread goes on.
 
-    `kept` are units that are here already; each counts for the first part that reads it.
+    `here` are the uses, as (position, unit), for which nothing has to be brought.
     """
 
-    def __init__(self, compiler: _Compiler, units: list[tuple[int, ...]], kept: set[int]) -> None:
-        self._compiler, self._units = compiler, units
+    def __init__(self, compiler: _Compiler, units: list[tuple[int, ...]], here: set[tuple[int, int]]) -> None:
+        self._compiler, self._units, self._here = compiler, units, here
         ahead = ahead_of(compiler.plan)
         # Gathers of what was fetched wait for this rank's part, so they begin behind the work of the present part.
         self._stages: tuple[tuple[Callable[[int, list[int]], list[int]], int, int], ...] = (
@@ -218,10 +252,6 @@ class _Fetches:
         )
         self._reached = [0] * len(self._stages)  # by stage: parts that it has been begun for
         self._ends: list[dict[int, list[int]]] = [{} for _ in units]  # unit -> what its next stage waits for
-        self._here: set[tuple[int, int]] = set()
-        for q, own in enumerate(units):
-            self._here.update((q, u) for u in own if u in kept)
-            kept.difference_update(own)
 
     def reach(self, position: int) -> None:
         """Begin what is due when the main thread comes to a part, the nearest part first."""

@@ -97,6 +97,7 @@ class OffloadPlan:
     slabs: int
     chunk: int
     keeps_gradients: bool = True  # until the norm is known, or from one micro-batch to the next
+    accumulates: bool = True  # gradients of several micro-batches are summed
 
     def unit(self, name: str) -> UnitPlacement:
         """Return the placement of a unit."""
@@ -205,6 +206,7 @@ def plan_offload(
         slabs=config.slabs,
         chunk=_chunk(config),
         keeps_gradients=policy.when == "after" or policy.clip == "two_pass" or clips or accumulates,
+        accumulates=accumulates,
     )
 
 

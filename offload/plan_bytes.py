@@ -11,7 +11,7 @@ Must not know: models, activations, what else a process holds.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from windlass.offload.placement import OffloadPlan, UnitPlacement, pages
 from windlass.offload.workload import Workload, kept_parts
@@ -87,8 +87,22 @@ def device_slab_bytes(plan: OffloadPlan) -> int:
 
 def gradient_buffers(plan: OffloadPlan, work: Workload) -> dict[int, int]:
     """Return the device buffers through which gradients leave: elements of one, and how many."""
+    if work.num_shards == 1 and not plan.accumulates:
+        return {}  # handed over in the slot that backward wrote
     leaving = Counter(u.numel for u, f in zip(plan.units, work.units, strict=True) if f.trainable and leaves(u))
     return {numel: min(GRAD_BUFFERS, users) for numel, users in leaving.items()}
+
+
+def gradients_under_way(plan: OffloadPlan, work: Workload) -> dict[int, int]:
+    """Return how many gradients of a size may be leaving the device at a time.
+
+    They have buffers of their own, or leave from the slots that backward wrote.
+    """
+    buffers = gradient_buffers(plan, work)
+    if buffers:
+        return buffers
+    formed = Counter(facts.numel for facts in work.units if facts.trainable and not facts.whole_gradient)
+    return {numel: min(GRAD_BUFFERS, users) for numel, users in formed.items()}
 
 
 def leaves(unit: UnitPlacement) -> bool:
@@ -131,19 +145,33 @@ def _most_ahead(
 ) -> dict[int, int]:
     """Go through forward and backward and return the most buffers of each size that are in use at once.
 
-    `ahead` says how many parts before its use a unit takes one; None: never.
+    `ahead` says how many parts before its use a unit takes one, or how many tiles before it a tile; None: never.
     """
     most: Counter[int] = Counter()
     never = -1
     reach = [never if (distance := ahead(u)) is None else distance for u in range(len(work.units))]
     furthest = max(reach, default=0)
-    forward = list(range(len(work.parts)))
-    backward = forward[: work.first_backward - 1 if work.first_backward else None : -1]
-    for order in (forward, backward):
+    for forward in (True, False):
+        order = work.order(forward=forward)
+        tiles = [u for part in order for u in work.parts[part].tiles(forward=forward)]
+
+        def near(row: Sequence[int], first: int, start: int) -> set[int]:
+            """Return the units of a row that are here, `first` being used and those before `start` let go."""
+            upcoming = enumerate(row[start : first + furthest + 1], start - first)
+            return {u for distance, u in upcoming if distance <= reach[u]}
+
+        at = 0
         for position, part in enumerate(order):
             units = {u for other in kept if other < part for u in work.parts[other].units if reach[u] != never}
             for distance, other in enumerate(order[position : position + furthest + 1]):
                 units.update(u for u in work.parts[other].units if distance <= reach[u])
-            for numel, number in Counter(plan.units[u].numel for u in units).items():
-                most[numel] = max(most[numel], number)
+            uses = len(work.parts[part].tiles(forward=forward))
+            windows = [
+                near(tiles, at - 1, at) if at else set(),
+                *(near(tiles, use, use) for use in range(at, at + uses)),
+            ]
+            at += uses
+            for window in windows:
+                for numel, number in Counter(plan.units[u].numel for u in units | window).items():
+                    most[numel] = max(most[numel], number)
     return dict(most)

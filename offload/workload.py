@@ -15,12 +15,26 @@ DEFAULT_WINDOW = 2  # parts at the turn from forward to backward: the head and t
 
 @dataclass(frozen=True)
 class PartWork:
-    """One part of the walk. Units: seconds of one micro-batch; backward with what is recomputed in it."""
+    """One part of the walk. Units: seconds of one micro-batch; backward with what is recomputed in it.
+
+    Tiles are units that are fetched, used and let go one after another inside the part, in these orders.
+    """
 
     name: str
     units: tuple[int, ...]
     forward_s: float = 0.0
     backward_s: float = 0.0
+    tiles_forward: tuple[int, ...] = ()
+    tiles_backward: tuple[int, ...] = ()
+
+    @property
+    def all_units(self) -> tuple[int, ...]:
+        """Units and tiles."""
+        return (*self.units, *self.tiles_forward)
+
+    def tiles(self, *, forward: bool) -> tuple[int, ...]:
+        """Return the tiles as one phase uses them."""
+        return self.tiles_forward if forward else self.tiles_backward
 
 
 @dataclass(frozen=True)
@@ -50,12 +64,24 @@ class Workload:
     @property
     def first_backward(self) -> int:
         """The part at which backward ends: the earliest with something to train."""
-        trained = (i for i, part in enumerate(self.parts) if any(self.units[u].trainable for u in part.units))
+        trained = (i for i, part in enumerate(self.parts) if any(self.units[u].trainable for u in part.all_units))
         return next(trained, len(self.parts))
 
+    def order(self, *, forward: bool) -> list[int]:
+        """Return the parts in the order of one phase."""
+        parts = list(range(len(self.parts)))
+        return parts if forward else parts[: self.first_backward - 1 if self.first_backward else None : -1]
+
     def arrivals(self) -> Iterator[tuple[int, int]]:
-        """Yield (part, unit) in the order in which gradients become complete: at the earliest part that reads them."""
+        """Yield (part, unit) in the order in which gradients become complete.
+
+        Those of tiles are when backward has used them last, others when the earliest part that reads them is done.
+        """
         for i in range(len(self.parts) - 1, self.first_backward - 1, -1):
+            tiles = self.parts[i].tiles_backward
+            for at, u in enumerate(tiles):
+                if self.units[u].trainable and u not in tiles[at + 1 :]:
+                    yield i, u
             for u in self.parts[i].units:
                 if self.units[u].trainable and not any(u in part.units for part in self.parts[:i]):
                     yield i, u

@@ -18,6 +18,7 @@ from typing import Any, Protocol
 
 import torch
 
+from windlass.dist.comm import Pending
 from windlass.offload.lane import Lanes
 from windlass.offload.machine import DeviceMemory, OffloadMachine, grad_key
 from windlass.offload.placement import Chunk, UnitPlacement, pages
@@ -37,6 +38,9 @@ class GradientHome(Protocol):
 
     def take(self, *, accumulate: bool) -> torch.Tensor:
         """Return the buffer to reduce into, (shard_numel,), holding the sum so far if that is to be added to."""
+
+    def adopt(self, tensor: torch.Tensor) -> Pending[None]:
+        """Take over a buffer that holds the finished sum already; return what is done when nobody reads it any more."""
 
     def settled(self, *, last: bool) -> None:
         """Say that a reduction into the buffer is over; `last`: of the step."""
@@ -68,6 +72,10 @@ class StaysOnDevice:
     def take(self, *, accumulate: bool) -> torch.Tensor:
         return self._tensor
 
+    def adopt(self, tensor: torch.Tensor) -> Pending[None]:
+        self._tensor.copy_(tensor)
+        return Pending(_nothing)
+
     def settled(self, *, last: bool) -> None:
         if self._machine is not None:
             self._mark = self._machine.device.mark()
@@ -88,30 +96,40 @@ class LeavesDevice:
     """The gradient is formed in a buffer that units use in turn, and rests in host memory or on nvme.
 
     Where nothing asks for it a second time (`keeps_gradients` of the plan is false), it never rests: its chunks go from
-    the buffer to their updates.
+    the buffer to their updates. Without `buffers` it is formed where backward writes it, and handed over (`adopt`).
     """
 
     def __init__(
-        self, placement: UnitPlacement, dtype: torch.dtype, machine: OffloadMachine, buffers: GradientBuffers
+        self,
+        placement: UnitPlacement,
+        dtype: torch.dtype,
+        machine: OffloadMachine,
+        buffers: GradientBuffers | None,
     ) -> None:
         self._placement, self._dtype, self._machine, self._buffers = placement, dtype, machine, buffers
         self._key = grad_key(placement.name)
-        self._buffer: Slab | None = None
+        self._buffer: GradientView | None = None
         self._rested: Future[Any] = machine.lanes.done(None)
         self._users = 0  # chunks that are yet to be used from the buffer
         self._lock = threading.Lock()
         self._mark: Any = None
-        buffers.register(placement.numel)
+        if buffers is not None:
+            buffers.register(placement.numel)
 
     def take(self, *, accumulate: bool) -> torch.Tensor:
-        self._buffer = self._buffers.take(self._placement.numel, self._placement.name)
-        tensor = self._flat(self._buffer)
+        assert self._buffers is not None
+        slab = self._buffers.take(self._placement.numel, self._placement.name)
+        self._buffer = GradientView(slab.view(self._dtype, self._placement.numel), slab.give)
         if accumulate:
-            self._machine.lanes.wait(self._bring_back(tensor), f"partial gradient of {self._placement.name}")
-        return tensor
+            back = self._bring_back(self._buffer.tensor)
+            self._machine.lanes.wait(back, f"partial gradient of {self._placement.name}")
+        return self._buffer.tensor
 
-    def _flat(self, buffer: Slab) -> torch.Tensor:
-        return buffer.view(self._dtype, self._placement.numel)
+    def adopt(self, tensor: torch.Tensor) -> Pending[None]:
+        free: Future[None] = Future()
+        self._buffer = GradientView(tensor, lambda: free.set_result(None))
+        what = f"the gradient of {self._placement.name} to leave the device"
+        return Pending(lambda: self._machine.lanes.wait(free, what), what)
 
     def settled(self, *, last: bool) -> None:
         assert self._buffer is not None
@@ -120,7 +138,7 @@ class LeavesDevice:
             self._users = len(self._placement.chunks)
             return
         buffer, self._buffer = self._buffer, None
-        self._rested = self._rest(self._flat(buffer))
+        self._rested = self._rest(buffer.tensor)
         self._machine.lanes.then([self._rested], buffer.give)
 
     def rested(self) -> Future[Any]:
@@ -198,13 +216,13 @@ class LeavesDevice:
     def on_host(self, chunk: Chunk) -> Future[GradientView]:
         if self._buffer is None:
             return self._at_rest(chunk)
-        view = _stage(self._machine, self._placement.name, self._flat(self._buffer), chunk, self._mark)
+        view = _stage(self._machine, self._placement.name, self._buffer.tensor, chunk, self._mark)
         # Once it is in host memory, the buffer has one user less.
         return self._machine.lanes.then([view], lambda: self._used(view.result()))
 
     def on_device(self, chunk: Chunk, beside: Future[Slab] | None = None, offset: int = 0) -> Future[GradientView]:
         if self._buffer is not None:
-            view = GradientView(_part(self._flat(self._buffer), chunk), self._one_less)
+            view = GradientView(_part(self._buffer.tensor, chunk), self._one_less)
             return self._machine.lanes.done(view)
         assert beside is not None
         copied = self._copy_in(chunk, lambda: beside.result().view(self._dtype, chunk.numel, offset), [beside])

@@ -110,7 +110,8 @@ def plan_gathers(
     """Go through one micro-batch of stage 3 in walk order and note every gather.
 
     Where the schedule gathers whole stages, each of them counts once, and all that a rank holds may be here at once,
-    but for tiles. Every tile counts in backward, though a map whose input needs no gradient does without.
+    but for tiles. In a pipeline recomputing is a use of its own. Every tile counts in backward, though a map whose
+    input needs no gradient does without.
     Invariant: `parallel.walk` brings and drops units at the same places; tests hold the two together.
     """
     scheduled = zero.lowering(pipelined)["gather"] != "none"
@@ -129,6 +130,9 @@ def plan_gathers(
     if scheduled:
         return Gathers(tuple(gathered), dict(most + in_turn))
     most |= in_turn
+    if pipelined:  # recomputed ahead of backward, for which units are brought once more
+        again = (part for stage in plan.stages for part in stage.parts if activation.recomputes(part.name))
+        gathered += [u for part in again for u in part.units]
     if plan.vocab is not None:  # looked up and scored, and transposed once more
         gathered += [plan.vocab[0], plan.vocab[1], plan.vocab[1]]
         most |= Counter({plan.units[u].padded: 1 for u in plan.vocab})  # one after the other
@@ -211,6 +215,7 @@ def plan_traffic(
     world_size: int,
     num_micro_batches: int,
     stage_gathers: Mapping[int, int] | None = None,
+    pipelined: bool = False,
     activation: ActivationConfig = KEEP,
 ) -> list[Transfer]:
     """Return what one rank moves in one training step for ZeRO, as the ledger of `dist` will count it.
@@ -230,7 +235,8 @@ def plan_traffic(
         rows.append(_transfer("shard", "all_gather", "param", trainable, param, num_shards))
     else:
         if stage_gathers is None:
-            used = [plan.units[u] for u in plan_gathers(plan, zero, activation=activation).units] * num_micro_batches
+            used = [plan.units[u] for u in plan_gathers(plan, zero, pipelined=pipelined, activation=activation).units]
+            used *= num_micro_batches
         else:
             used = [plan.units[u] for place, units in _units_by_place(plan) for u in units * stage_gathers[place]]
             tiles, once = plan.tile_units, plan_gathers(plan, zero, pipelined=True, activation=activation).units

@@ -8,7 +8,8 @@ from __future__ import annotations
 from windlass.offload.placement import Sizes, UnitFacts
 from windlass.parallel.optim import OptimizerConfig
 from windlass.parallel.precision import PrecisionConfig
-from windlass.parallel.units import ModelPlan
+from windlass.parallel.tiling import tile_passes
+from windlass.parallel.units import ModelPlan, PartPlan
 from windlass.parallel.zero import ZeroConfig
 
 
@@ -24,6 +25,13 @@ def unit_facts(plan: ModelPlan, zero: ZeroConfig) -> list[UnitFacts]:
         )
         for u in plan.units
     ]
+
+
+def tile_orders(part: PartPlan, *, recomputed: bool) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Return the tiles of one part as its forward uses them, and as its backward does with what it recomputes."""
+    passes = tile_passes([(part.tiles, recomputed)], 0)
+    forward, backward = (tuple(u for weight, _ in uses for u in weight) for uses in (passes.forward, passes.recompute))
+    return forward, backward
 
 
 def element_sizes(precision: PrecisionConfig, optimizer: OptimizerConfig) -> Sizes:

@@ -14,6 +14,7 @@ from typing import Protocol
 import torch
 
 from windlass.dist.comm import Group, Pending, Symmetric
+from windlass.dist.errors import OffloadError
 from windlass.offload.machine import OffloadMachine
 from windlass.parallel.buffers import GradSlot, SlotPool
 from windlass.parallel.gradient_home import GradientHome, StaysOnDevice
@@ -144,10 +145,16 @@ class ReduceAtStep:
 
 
 class ReduceInBackward:
-    """Only the own box stays; a unit's gradients are reduced as soon as its backward is done (stages 2 and 3)."""
+    """Only the own box stays; a unit's gradients are reduced as soon as its backward is done (stages 2 and 3).
 
-    def __init__(self, plan: UnitPlan, home: GradientHome, slots: SlotPool, replicas: Group | None) -> None:
-        self._plan, self.home = plan, home
+    `handed_over`: a single rank has nobody to sum with, and its one micro-batch nothing to add to, so the slot that
+    backward wrote is the sum; it leaves the device from there.
+    """
+
+    def __init__(
+        self, plan: UnitPlan, home: GradientHome, slots: SlotPool, replicas: Group | None, *, handed_over: bool = False
+    ) -> None:
+        self._plan, self.home, self._handed_over = plan, home, handed_over
         self._slots = slots
         self._replicas = replicas
         self._label = f"grad {plan.name}"
@@ -175,12 +182,24 @@ class ReduceInBackward:
         slot, self._slot = self._filling(), None
         self._accumulator.close(slot.symmetric.tensor)
         slot.held = False
+        if self._handed_over:
+            self._hand_over(slot, last)
+            return
         self.grad = self.home.take(accumulate=self._accumulate)
         slot.pending = self._pending = slot.symmetric.reduce_scatter(
             self.grad, accumulate=self._accumulate, tag="grad", label=self._label
         )
         self._last_slot = slot
         self._accumulate = not last
+
+    def _hand_over(self, slot: GradSlot, last: bool) -> None:
+        if not last:
+            raise OffloadError(
+                f"{self._label}: the tiers were planned for one micro-batch per step, and there are more. Plan for them: "
+                "train.global_batch"
+            )
+        self.grad = slot.symmetric.tensor
+        slot.pending = self.home.adopt(self.grad)
 
     def settle(self) -> None:
         """Wait for this unit's latest reduction, unless whoever took its slot since has done so."""
@@ -189,7 +208,6 @@ class ReduceInBackward:
         self._last_slot = self._pending = None
 
     def finish(self) -> None:
-        assert self._last_slot is not None
         self.settle()
         if self._replicas is not None:
             self._replicas.all_reduce(self.grad, tag="grad", label=self._label).wait()

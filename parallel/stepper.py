@@ -41,6 +41,7 @@ class Stepper:
             unit.on_complete = self._completed
         self._squares: dict[str, torch.Tensor] = {}
         self._reducing: deque[tuple[Unit, bool]] = deque()
+        self._shared: list[Unit] = []  # that wait for the end of backward
         self._arrived: list[Unit] = []  # of the step under way, in order
         self._loads: dict[str, Future[Lease]] = {}
         self._order: list[tuple[Unit, int]] = []  # records in the order of arrival, as the last step had it
@@ -76,6 +77,9 @@ class Stepper:
         while any(waiting is unit for waiting, _ in self._reducing):
             self._arrive(*self._reducing.popleft())
         unit.reducer.complete(last)
+        if last and unit.plan.shared:  # its sum is taken with another pipeline rank, which is elsewhere in its schedule
+            self._shared.append(unit)
+            return
         self._reducing.append((unit, last))
         while len(self._reducing) > LAG:
             self._arrive(*self._reducing.popleft())
@@ -123,6 +127,8 @@ class Stepper:
         """Wait for all reductions; return the sums of squares of this rank's gradients, in the order of units."""
         while self._reducing:
             self._arrive(*self._reducing.popleft())
+        while self._shared:
+            self._arrive(self._shared.pop(0), last=True)
         for unit in self._units:
             if unit.plan.name not in self._squares:
                 assert unit.reducer is not None

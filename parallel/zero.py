@@ -168,14 +168,16 @@ class UnitBuilder:
             return ReduceAtStep(plan, full, replicas, replicated=self._zero.stage == 0, machine=self._machine)
         self._slots.register(plan.shard_numel)
         home: GradientHome
+        handed_over = False
         if placement is not None and placement.grad != "device":
             assert self._machine is not None and self._gradients is not None
-            home = LeavesDevice(placement, dtype, self._machine, self._gradients)
+            handed_over = self._shards.size == 1 and replicas is None and not self._machine.plan.accumulates
+            home = LeavesDevice(placement, dtype, self._machine, None if handed_over else self._gradients)
         else:
             shard = torch.zeros(plan.shard_numel, dtype=dtype, device=self._device)
             self._account("grad", shard.nbytes)
             home = StaysOnDevice(shard, plan.name, self._machine)
-        return ReduceInBackward(plan, home, self._slots, replicas)
+        return ReduceInBackward(plan, home, self._slots, replicas, handed_over=handed_over)
 
     def _make_slot(self, shard_numel: int, name: str) -> Symmetric:
         slot = self._symmetric(shard_numel, self._precision.reduce_dtype, True, name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -74,10 +75,11 @@ class OddModel:
         frozen: bool = False,
         frozen_embed: bool = False,
         width: int = WIDTH,
+        block: Callable[[bool, int], nn.Module] = Mixer,
     ):
         with weightless():  # plain torch.device("meta") imports half of torch to draw values that nobody sees
             self.embed = Embed(width)
-            self.blocks = nn.ModuleList(Mixer(frozen and i == 1, width) for i in range(num_blocks))
+            self.blocks = nn.ModuleList(block(frozen and i == 1, width) for i in range(num_blocks))
             self.head = Head(self.embed.tokens.weight if tied else None, width)
         if frozen_embed:
             self.embed.requires_grad_(False)

@@ -20,8 +20,9 @@ from windlass.offload.plan_bytes import plan_bytes
 from windlass.offload.policy import OffloadConfig
 from windlass.offload.program import step_bytes
 from windlass.offload.workload import PartWork, Workload
+from windlass.parallel.activation import ActivationConfig
 from windlass.parallel.engine import Engine
-from windlass.parallel.offloading import unit_facts
+from windlass.parallel.offloading import tile_orders, unit_facts
 from windlass.parallel.zero import ZeroConfig
 
 LANES = ("h2d", "d2h", "file read", "file write", "cpu update", "device update")
@@ -37,6 +38,7 @@ CHOICES: dict[str, Any] = {
     "lookahead": [(3, 2, 1), (0, 0, 0), (4, 1, 1)],
     "clip": [0.0, 100.0],  # no step is clipped: what is made twice cannot be foreseen
     "recompute": ["keep", "recompute"],
+    "tile": [0, 16 * WIDTH],
 }
 
 
@@ -53,6 +55,7 @@ def case_of(choice: dict[str, Any], ranks: int) -> OffloadCase:
     policy = choice["policy"]
     offload = POLICIES[policy] if policy in POLICIES else OffloadConfig(table=TABLES[policy])
     offload = replace(offload, chunk=chunk, slabs=slabs, lookahead=choice["lookahead"])
+    offload = replace(offload, tile=choice["tile"] if stage == 3 else 0)
     return OffloadCase(case, offload, (LR,) * 4, drives=drives)
 
 
@@ -60,9 +63,14 @@ def workload(engine: Engine, given: OffloadCase, shards: int, micro_batches: int
     """Return the step of this rank as the program sees it."""
     case = given.case
     reshard = case.zero.resharding(False)
+    activation = ActivationConfig(policy=case.recompute)
+    parts = [part for stage in engine.plan.stages for part in stage.parts]
     return Workload(
         units=tuple(unit_facts(engine.plan, case.zero)),
-        parts=tuple(PartWork(part.name, part.units) for stage in engine.plan.stages for part in stage.parts),
+        parts=tuple(
+            PartWork(p.name, p.units, 0.0, 0.0, *tile_orders(p, recomputed=activation.recomputes(p.name)))
+            for p in parts
+        ),
         state_names=case.optimizer_config.state_names,
         num_shards=shards,
         num_micro_batches=micro_batches,

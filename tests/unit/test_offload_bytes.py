@@ -59,7 +59,9 @@ def test_gradients_do_not_rest_when_nothing_asks_for_them_again() -> None:
     work = uniform_workload(10, BLOCK, clips=False)
     plan = planned(work, policy="fuyou")
     assert "grad" not in plan_bytes(plan, work)["host"]
-    assert plan_bytes(plan, work)["device"]["grad"] == 2 * 2 * BLOCK, "two buffers on their way"
+    assert "grad" not in plan_bytes(plan, work)["device"], "a single rank's leave from the slots of backward"
+    shared = replace(work, num_shards=2)
+    assert plan_bytes(planned(shared, policy="fuyou"), shared)["device"]["grad"] == 2 * 2 * BLOCK, "two on their way"
     kept = replace(work, clips=True)
     assert plan_bytes(planned(kept, policy="fuyou"), kept)["host"]["grad"] == 10 * 2 * BLOCK
 
