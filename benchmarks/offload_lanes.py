@@ -10,7 +10,10 @@ is: (serial - step) / (serial - bound). The predicted step is that of the simula
 from __future__ import annotations
 
 import argparse
+import json
+import shutil
 import statistics
+import subprocess
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -59,6 +62,7 @@ class Lanes:
     console: Console
     failures: dict[str, str]
     machine: Rates  # of this machine, nothing slowed down
+    fio: dict[str, float] = field(default_factory=dict)
     sides: dict[str, Config] = field(default_factory=lambda: {COMPUTE: {"policy": "none"}})
 
     @property
@@ -132,7 +136,7 @@ def run_part(
         cpu_cast=facts.get("cpu_cast_per_s", 0.0),
         host_memory=facts.get("host_memory_bytes_per_s", 0.0),
     )
-    lanes = Lanes(given, make_worker, console, failures, machine)
+    lanes = Lanes(given, make_worker, console, failures, machine, fio_rates(folder))
     prepare = {"links": prepare_links, "order": prepare_order, "share": prepare_share}[part]
     try:
         table = prepare(lanes)
@@ -150,13 +154,33 @@ def run_part(
     return samples, report
 
 
+def fio_rates(folder: Path) -> dict[str, float]:
+    """Return what fio reads and writes in blocks of 8 MiB past the page cache, to judge our own figures by.
+
+    Units: bytes/s by direction; nothing if fio is not installed
+    """
+    if not shutil.which("fio"):
+        return {}
+    rates = {}
+    common = ["--name=drive", f"--filename={folder / 'fio'}", "--size=512m", "--bs=8m", "--direct=1", "--iodepth=4"]
+    common += ["--ioengine=libaio", "--output-format=json"]
+    for direction in ("write", "read"):  # in this order: extents that were never written are read too fast
+        done = subprocess.run(["fio", *common, f"--rw={direction}"], capture_output=True, text=True)
+        if done.returncode == 0:
+            rates[direction] = float(json.loads(done.stdout)["jobs"][0][direction]["bw_bytes"])
+    (folder / "fio").unlink(missing_ok=True)
+    return rates
+
+
 def title(part: str, lanes: Lanes) -> str:
     """Return the line above a table."""
     job, machine = lanes.job, lanes.machine
     return (
         f"{part}: {lanes.case.title}, {job.micro_batch} x {job.seq_len} tokens, {job.rounds} round(s) of {job.steps} "
         f"timed steps; drive {machine.file_read / MB:.0f} MB/s read, {machine.file_write / MB:.0f} written, "
-        f"{machine.file_mixed / MB:.0f} both at once, CPU {machine.cpu_update / MB:.0f} M updates/s"
+        f"{machine.file_mixed / MB:.0f} both at once"
+        + (f" (fio: {lanes.fio['read'] / MB:.0f}, {lanes.fio['write'] / MB:.0f})" if len(lanes.fio) == 2 else "")
+        + f", CPU {machine.cpu_update / MB:.0f} M updates/s"
     )
 
 

@@ -98,14 +98,17 @@ def job_names() -> list[str]:
     return sorted(p.stem for p in CONFIGS.glob("*.yaml"))
 
 
-def load_job(job: str | Path, overrides: Sequence[str] = ()) -> Loaded:
+def load_job(job: str | Path, overrides: Sequence[str] = (), *, cluster: Path | None = None) -> Loaded:
     """Read a job (a YAML file, or the name of one in configs/) and apply overrides such as `zero.stage=3`.
+
+    `cluster` is a file of keys of that group (see `windlass bench tiers`), which win over those of the job.
 
     Raises: ConfigError naming key path, file and line for anything that cannot be read, is unknown or out of range.
             Checks across keys are `check_job`'s.
     """
     path = _find(str(job))
-    user = [*_read_job(path, ()), *_read_overrides(overrides)]
+    facts = _read(cluster, "cluster.") if cluster is not None else ()
+    user = [*_read_job(path, ()), *facts, *_read_overrides(overrides)]
     preset = next((e for e in reversed(user) if e.key == "model.preset" and e.value is not None), None)
     lower = _read_preset(preset) if preset else []
     tree = _defaults()

@@ -14,6 +14,7 @@ import hashlib
 import json
 import math
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -23,7 +24,7 @@ from windlass.dist.mesh import Mesh, plan_mesh
 from windlass.launch.job import JobConfig
 from windlass.launch.measured import RecordedRun
 from windlass.launch.plan_cluster import capacity_bytes, comm_seconds, device_kind
-from windlass.launch.plan_offload import OffloadSummary, placement_json, plan_offloading
+from windlass.launch.plan_offload import Offloading, OffloadSummary, placement_json, plan_offloading
 from windlass.model.build import build_model
 from windlass.model.flops import flops_per_token
 from windlass.model.protocol import BlockModel
@@ -176,18 +177,9 @@ class Planner:
         units, ranks, num_trainable = [], [], 0
         whole = [RankShare.whole(len(self._model.blocks))]
         shares = whole if pipeline is None else [pipeline.share(rank) for rank in range(mesh.sizes["pp"])]
-        model_plans = [plan_units(self._model, _num_shards(config, mesh), share) for share in shares]
-        offloading = plan_offloading(
-            config,
-            self._model,
-            model_plans,
-            cluster,
-            num_ranks=world_size,
-            num_micro_batches=num_micro_batches,
-            scratch=scratch_bytes(model_plans[0], config.zero, config.precision, pipelined=pipeline is not None),
-            device=device,
-            seconds=seconds,
-        )
+        num_shards, tile = _num_shards(config, mesh), config.offload.tile
+        model_plans = [plan_units(self._model, num_shards, share, tile) for share in shares]
+        offloading = self.offloading(config, mesh, cluster, device, model_plans, seconds=seconds)
         for rank, (share, model_plan) in enumerate(zip(shares, model_plans, strict=True)):
             held = _held_bytes(config, model_plan, device, num_micro_batches, offloading.device_bytes(rank))
             num_trainable += model_plan.trainable_numel
@@ -240,6 +232,31 @@ class Planner:
             offload=offload,
             placements=offloading.plans,
             worst_rank=worst * mesh.size("dp"),
+        )
+
+    def offloading(
+        self,
+        config: JobConfig,
+        mesh: Mesh,
+        cluster: ClusterConfig,
+        device: str,
+        units: Sequence[ModelPlan] = (),
+        *,
+        seconds: bool = False,
+    ) -> Offloading:
+        """Plan the tiers of a job for the units of its pipeline ranks, without `units` those of a single one."""
+        whole = RankShare.whole(len(self._model.blocks))
+        units = units or [plan_units(self._model, _num_shards(config, mesh), whole)]
+        return plan_offloading(
+            config,
+            self._model,
+            units,
+            cluster,
+            num_ranks=mesh.world_size,
+            num_micro_batches=config.train.num_micro_batches(mesh.size("dp")),
+            scratch=scratch_bytes(units[0], config.zero, config.precision, pipelined=mesh.sizes["pp"] > 1),
+            device=device,
+            seconds=seconds,
         )
 
     def pipeline(self, config: JobConfig, mesh: Mesh) -> PipelinePlan:
@@ -340,11 +357,6 @@ def make_plan(
     return Planner(config).plan(config, world_size, cluster, device, activations=activations)
 
 
-def planned_ranks(config: JobConfig, world: int = 0) -> int:
-    """Return for how many ranks a job is planned: those asked for, all devices of its cluster, or its own workers."""
-    return world or config.cluster.nodes * config.cluster.devices_per_node or config.launch.workers
-
-
 def _num_shards(config: JobConfig, mesh: Mesh) -> int:
     """Return over how many ranks a unit is cut; stage 0 cuts only its reduction, so over all of them."""
     return mesh.size("dp") if config.zero.stage == 0 else mesh.sizes["dp_shard"]
@@ -357,7 +369,7 @@ def _held_bytes(
 
     `offloaded` is what it holds of state and its buffers, where some of that rests elsewhere.
     """
-    scratch = scratch_bytes(units, config.zero, config.precision, pipelined=config.parallelism.pp > 1)
+    scratch = _scratch(config, units)
     if offloaded is None:
         held = state_bytes(units, config.zero, config.precision, config.optimizer) | scratch
     else:
@@ -368,6 +380,16 @@ def _held_bytes(
     held["batch"] = _waiting_bytes(config, num_micro_batches) if device == "cpu" else one
     held["runtime"] = RUNTIME_BYTES[device]
     return held
+
+
+def _scratch(config: JobConfig, units: ModelPlan) -> dict[str, int]:
+    return scratch_bytes(
+        units,
+        config.zero,
+        config.precision,
+        pipelined=config.parallelism.pp > 1,
+        activation=config.activation,
+    )
 
 
 def _waiting_bytes(config: JobConfig, num_micro_batches: int) -> int:
@@ -394,6 +416,8 @@ def _traffic(
         world_size=mesh.world_size,
         num_micro_batches=config.train.num_micro_batches(mesh.size("dp")),
         stage_gathers=gathers,
+        pipelined=pipeline is not None,
+        activation=config.activation,
     )
     if pipeline is not None:
         rows += plan_messages(pipeline, rank, config.precision.param_dtype.itemsize)

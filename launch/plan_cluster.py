@@ -1,4 +1,4 @@
-"""What the facts of a cluster mean for a plan: which device, how much memory a rank has, how long its traffic takes.
+"""What is known of a cluster, and what that means for a plan: which device, how much memory, how long traffic takes.
 
 Must not know: how a plan is made.
 """
@@ -6,11 +6,32 @@ Must not know: how a plan is made.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from windlass.dist.cluster import ClusterConfig
+from windlass.dist.device import pick_device
 from windlass.dist.mesh import Mesh
 from windlass.launch.job import JobConfig
 from windlass.parallel.memory import Transfer
+
+
+def planned_ranks(config: JobConfig, world: int = 0) -> int:
+    """Return for how many ranks a job is planned: those asked for, all devices of its cluster, or its own workers."""
+    return world or config.cluster.nodes * config.cluster.devices_per_node or config.launch.workers
+
+
+def known_facts(config: JobConfig, world: int = 0) -> tuple[ClusterConfig, str | None]:
+    """Return the facts that a plan for `world` ranks (0: as the job says) counts on, and the kind of device if found.
+
+    A job that says how many ranks there are is for another cluster; else what it leaves open is found on this machine.
+    """
+    if world or config.cluster.nodes * config.cluster.devices_per_node:
+        return config.cluster, None
+    facts = config.cluster.completed(config.train.device)
+    device = pick_device(config.train.device).kind
+    if device == "cpu":  # workers share the host, however many cores it has
+        facts = replace(facts, device_bytes=config.cluster.device_bytes)
+    return facts, device
 
 
 def device_kind(config: JobConfig, cluster: ClusterConfig) -> str:

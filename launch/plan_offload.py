@@ -15,6 +15,7 @@ from itertools import groupby
 from typing import Any
 
 from windlass.dist.cluster import ClusterConfig
+from windlass.dist.errors import PlanError
 from windlass.launch.job import JobConfig
 from windlass.model.flops import attention_flops_per_token
 from windlass.model.protocol import BlockModel
@@ -118,6 +119,24 @@ def plan_offloading(
     elif seconds:
         summary = _with_step(summary, settled, plan, works[worst], cluster, num_ranks)
     return Offloading(placed, works, replace(summary, notes=[*summary.notes, *chosen.notes]), settled)
+
+
+def simulated_step(offloading: Offloading, cluster: ClusterConfig, num_ranks: int) -> StepTimeline:
+    """Return the simulated step of a job that offloads and has one pipeline rank.
+
+    Raises:  PlanError naming the rates of the cluster that are not known
+    """
+    (plan,), (work,) = offloading.plans, offloading.works
+    assert plan is not None
+    rates = Rates.of(cluster, -(-num_ranks // max(1, cluster.nodes)))
+    timeline, _ = _step(offloading.config, plan, work, rates)
+    unknown = _unknown(timeline, rates, cluster)
+    if unknown:
+        raise PlanError(
+            f"the seconds of a step are not known without {', '.join(unknown)}. Measure them with `windlass bench tiers "
+            "--path FOLDER --out cluster.yaml` and add --cluster cluster.yaml, or give them as KEY=VALUE"
+        )
+    return timeline
 
 
 def placement_json(plan: OffloadPlan) -> dict[str, Any]:

@@ -262,6 +262,7 @@ def build_run(config: JobConfig, env: ProcessEnv) -> Run:
                 account=lambda state, num_bytes: ledger.add("device", state, num_bytes),
                 pipeline=plan.pipeline,
                 offload=offload,
+                tile=config.offload.tile,
             )
         with clock.phase("restore"):
             if on_drives is None:

@@ -178,6 +178,7 @@ class ReduceInBackward:
         return self._slot
 
     def complete(self, last: bool) -> None:
+        """Begin to reduce what was added since the last call."""
         self.settle()  # two reductions into one shard must not run in either order
         slot, self._slot = self._filling(), None
         self._accumulator.close(slot.symmetric.tensor)

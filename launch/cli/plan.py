@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
-
-if TYPE_CHECKING:
-    from windlass.dist.cluster import ClusterConfig
-    from windlass.launch.job import JobConfig
 
 HELP = """Print what a job needs on every rank (bytes by class of state, traffic per step) and whether it fits.
 
@@ -48,19 +44,17 @@ def plan(
     from dataclasses import replace
 
     from windlass.launch.check import check_job
-    from windlass.launch.config import load_dataclass, load_job
+    from windlass.launch.config import load_job
     from windlass.launch.nearest import nearest_change
-    from windlass.launch.plan import DOES_NOT_FIT, Planner, planned_ranks
+    from windlass.launch.plan import DOES_NOT_FIT, Planner
+    from windlass.launch.plan_cluster import known_facts, planned_ranks
     from windlass.launch.plan_view import print_plan, print_stages
 
-    loaded = load_job(job, ctx.args)
+    loaded = load_job(job, ctx.args, cluster=cluster)
     config = loaded.config
-    if cluster is not None:
-        config = replace(config, cluster=load_dataclass(cluster, "cluster"))
     world_size = planned_ranks(config, world)
     check_job(loaded, world_size, to_run=False)
-    known = world or config.cluster.nodes * config.cluster.devices_per_node
-    facts, device = (config.cluster, None) if known else _complete(config)
+    facts, device = known_facts(config, world)
     planner = Planner(config)
     if stages:
         variants = {stage: replace(config, zero=replace(config.zero, stage=stage)) for stage in range(4)}
@@ -82,16 +76,3 @@ def plan(
         else:
             print_plan(chosen, change=change)
     raise typer.Exit(3 if chosen.verdict == DOES_NOT_FIT else 0)
-
-
-def _complete(config: JobConfig) -> tuple[ClusterConfig, str]:
-    """Fill in what the job leaves open about the cluster from this machine; say what its workers compute on."""
-    from dataclasses import replace
-
-    from windlass.dist.device import pick_device
-
-    facts = config.cluster.completed(config.train.device)
-    device = pick_device(config.train.device).kind
-    if device == "cpu":  # workers share the host, however many cores it has
-        facts = replace(facts, device_bytes=config.cluster.device_bytes)
-    return facts, device

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -23,6 +24,8 @@ Examples:
     torchrun --nproc-per-node 2 -m windlass train job.yaml
 
     srun --ntasks-per-node=8 windlass train job.yaml
+
+    windlass train job.yaml --cluster cluster.yaml offload.policy=auto
 """
 LAUNCH_HELP = """Train a job in a Ray cluster, one actor per device.
 
@@ -43,7 +46,14 @@ def register(app: typer.Typer) -> None:
     app.command("launch", help=LAUNCH_HELP, context_settings=OVERRIDES)(launch)
 
 
-def train(ctx: typer.Context, job: Annotated[str, typer.Argument(metavar="JOB [KEY=VALUE]...", help=JOB_HELP)]) -> None:
+CLUSTER_HELP = "YAML file with the keys of the group cluster, as `windlass bench tiers` writes it."
+
+
+def train(
+    ctx: typer.Context,
+    job: Annotated[str, typer.Argument(metavar="JOB [KEY=VALUE]...", help=JOB_HELP)],
+    cluster: Annotated[Path | None, typer.Option(help=CLUSTER_HELP)] = None,
+) -> None:
     from windlass.dist.env import read_process_env
     from windlass.launch.check import check_job
     from windlass.launch.config import load_job
@@ -55,13 +65,13 @@ def train(ctx: typer.Context, job: Annotated[str, typer.Argument(metavar="JOB [K
     if env.launcher != "none":
 
         def run() -> int:
-            loaded = load_job(job, ctx.args)
+            loaded = load_job(job, ctx.args, cluster=cluster)
             check_num_workers(loaded, env)
             check_job(loaded, env.world_size)
             return work(loaded, env)
 
         raise typer.Exit(guarded(run, env))
-    loaded = load_job(job, ctx.args)
+    loaded = load_job(job, ctx.args, cluster=cluster)
     launch_config = loaded.config.launch
     check_job(loaded, launch_config.workers)
     if launch_config.workers > 1:
@@ -75,6 +85,7 @@ def launch(
     ray: Annotated[str, typer.Option(help="local: start Ray here; auto: the running cluster; or its HOST:PORT")],
     nodes: Annotated[int, typer.Option(min=0, help="nodes with equally many workers each (0: Ray chooses)")] = 0,
     spread: Annotated[bool, typer.Option("--spread", help="over as many nodes as possible, not as few")] = False,
+    cluster: Annotated[Path | None, typer.Option(help=CLUSTER_HELP)] = None,
 ) -> None:
     from windlass.dist.errors import ConfigError
     from windlass.launch.check import check_job
@@ -83,7 +94,7 @@ def launch(
 
     if find_spec("ray") is None:
         raise ConfigError("windlass launch needs Ray, which is not installed. Install it: pip install ray")
-    loaded = load_job(job, ctx.args)
+    loaded = load_job(job, ctx.args, cluster=cluster)
     config = loaded.config
     # What only a run needs is at the nodes of a cluster, not necessarily here.
     check_job(loaded, config.launch.workers, to_run=ray == "local")

@@ -21,7 +21,6 @@ from tests.parity.offload_case import (
     run,
     same,
     same_state,
-    settle,
     train,
     train_all,
     without,

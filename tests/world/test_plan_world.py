@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
@@ -20,6 +20,7 @@ from windlass.launch.job import JobConfig, TrainConfig
 from windlass.launch.plan import make_plan
 from windlass.model.build import build_model
 from windlass.model.config import ModelConfig
+from windlass.offload.policy import OffloadConfig
 from windlass.parallel.activation import ActivationConfig
 from windlass.parallel.engine import Engine
 from windlass.parallel.memory import plan_traffic, scratch_bytes, state_bytes
@@ -133,6 +134,7 @@ def pipeline_job(schedule: str, vocab: str, zero: ZeroConfig, *, tied: bool = Fa
     )
 
 
+TILED: dict[str, Any] = {"offload": OffloadConfig(tile=64 * 16), "activation": ActivationConfig("recompute")}
 PIPELINES = [
     pipeline_job("1f1b", "off", ZeroConfig(1)),
     pipeline_job("1f1b", "off", ZeroConfig(2), tied=True),
@@ -143,6 +145,10 @@ PIPELINES = [
     pipeline_job("zbv", "1", ZeroConfig(3)),
     pipeline_job("1f1b", "2", ZeroConfig(3, "each")),
     pipeline_job("1f1b", "2", ZeroConfig(3, "never"), tied=True),
+    *(
+        replace(job, **TILED)
+        for job in (pipeline_job("zb1p", "2", ZeroConfig(3)), pipeline_job("1f1b", "off", ZeroConfig(3, "each")))
+    ),
 ]
 
 
@@ -171,6 +177,7 @@ def observe_pipelines(comm: Comm, jobs: list[JobConfig]) -> list[tuple[dict[str,
             tracer=Tracer(),
             account=lambda state, num_bytes, held=held: held.update({state: num_bytes}),
             pipeline=make_plan(job, comm.world.size, job.cluster, "cpu", activations=False).pipeline,
+            tile=job.offload.tile,
         )
         comm.ledger.clear()
         engine.train_step([random_batch(i, job.model.vocab_size) for i in range(job.train.num_micro_batches(2))], 1e-3)
