@@ -23,7 +23,7 @@ from windlass.dist.errors import ModelError, PlanError
 from windlass.dist.mesh import Mesh, plan_mesh
 from windlass.launch.job import JobConfig
 from windlass.launch.measured import RecordedRun
-from windlass.launch.plan_cluster import capacity_bytes, comm_seconds, device_kind
+from windlass.launch.plan_cluster import capacity_bytes, comm_seconds, device_kind, unit_shards
 from windlass.launch.plan_offload import Offloading, OffloadSummary, placement_json, plan_offloading
 from windlass.model.build import build_model
 from windlass.model.flops import flops_per_token
@@ -177,8 +177,8 @@ class Planner:
         units, ranks, num_trainable = [], [], 0
         whole = [RankShare.whole(len(self._model.blocks))]
         shares = whole if pipeline is None else [pipeline.share(rank) for rank in range(mesh.sizes["pp"])]
-        num_shards, tile = _num_shards(config, mesh), config.offload.tile
-        model_plans = [plan_units(self._model, num_shards, share, tile) for share in shares]
+        cut = unit_shards(config.zero.stage, mesh), config.offload.tile
+        model_plans = [plan_units(self._model, cut[0], share, cut[1]) for share in shares]
         offloading = self.offloading(config, mesh, cluster, device, model_plans, seconds=seconds)
         for rank, (share, model_plan) in enumerate(zip(shares, model_plans, strict=True)):
             held = _held_bytes(config, model_plan, device, num_micro_batches, offloading.device_bytes(rank))
@@ -246,7 +246,7 @@ class Planner:
     ) -> Offloading:
         """Plan the tiers of a job for the units of its pipeline ranks, without `units` those of a single one."""
         whole = RankShare.whole(len(self._model.blocks))
-        units = units or [plan_units(self._model, _num_shards(config, mesh), whole)]
+        units = units or [plan_units(self._model, unit_shards(config.zero.stage, mesh), whole, config.offload.tile)]
         return plan_offloading(
             config,
             self._model,
@@ -277,7 +277,7 @@ class Planner:
             zero=config.zero,
             precision=config.precision,
             optimizer=config.optimizer,
-            num_shards=_num_shards(config, mesh),
+            num_shards=unit_shards(config.zero.stage, mesh),
             flops_per_s=cluster.device_flops,
             bytes_per_s=bytes_per_s,
             limit_bytes=spare if cluster.device_bytes else math.inf,
@@ -355,11 +355,6 @@ def make_plan(
     Raises: PlanError if the mesh does not fit the world size; ModelError if the model cannot be built
     """
     return Planner(config).plan(config, world_size, cluster, device, activations=activations)
-
-
-def _num_shards(config: JobConfig, mesh: Mesh) -> int:
-    """Return over how many ranks a unit is cut; stage 0 cuts only its reduction, so over all of them."""
-    return mesh.size("dp") if config.zero.stage == 0 else mesh.sizes["dp_shard"]
 
 
 def _held_bytes(

@@ -49,6 +49,11 @@ def capacity_bytes(cluster: ClusterConfig, world_size: int, device: str) -> int 
     return cluster.host_bytes // per_host if device == "cpu" and cluster.host_bytes else None
 
 
+def unit_shards(stage: int, mesh: Mesh) -> int:
+    """Return over how many ranks a unit is cut; ZeRO stage 0 cuts only its reduction, so over all of them."""
+    return mesh.size("dp") if stage == 0 else mesh.sizes["dp_shard"]
+
+
 def comm_seconds(traffic: Sequence[Transfer], cluster: ClusterConfig, mesh: Mesh, stage: int) -> float | None:
     """Return the seconds a step's traffic takes at the cluster's bandwidths, without overlap; None if one is unknown.
 
@@ -56,7 +61,7 @@ def comm_seconds(traffic: Sequence[Transfer], cluster: ClusterConfig, mesh: Mesh
     host share its network.
     """
     per_host, link, network = cluster.devices_per_node, cluster.link_bytes_per_s, cluster.network_bytes_per_s
-    sizes = {"shard": mesh.size("dp") if stage == 0 else mesh.sizes["dp_shard"]}
+    sizes = {"shard": unit_shards(stage, mesh)}
     seconds = 0.0
     for t in traffic:
         within = cluster.nodes <= 1 or sizes.get(t.group, mesh.world_size) <= per_host

@@ -133,8 +133,8 @@ def simulated_step(offloading: Offloading, cluster: ClusterConfig, num_ranks: in
     unknown = _unknown(timeline, rates, cluster)
     if unknown:
         raise PlanError(
-            f"the seconds of a step are not known without {', '.join(unknown)}. Measure them with `windlass bench tiers "
-            "--path FOLDER --out cluster.yaml` and add --cluster cluster.yaml, or give them as KEY=VALUE"
+            f"the seconds of a step are not known without {', '.join(unknown)}. Measure them with `windlass bench "
+            "tiers --path FOLDER --out cluster.yaml` and add --cluster cluster.yaml, or give them as KEY=VALUE"
         )
     return timeline
 

@@ -196,8 +196,8 @@ class ReduceInBackward:
     def _hand_over(self, slot: GradSlot, last: bool) -> None:
         if not last:
             raise OffloadError(
-                f"{self._label}: the tiers were planned for one micro-batch per step, and there are more. Plan for them: "
-                "train.global_batch"
+                f"{self._label}: the tiers were planned for one micro-batch per step, and there are more. Plan "
+                "for them: train.global_batch"
             )
         self.grad = slot.symmetric.tensor
         slot.pending = self.home.adopt(self.grad)

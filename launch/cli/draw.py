@@ -1,27 +1,41 @@
-"""`windlass draw`: a step of a pipeline as a picture, simulated from a job or a schedule, or measured by a run."""
+"""`windlass draw`: a step as a picture, simulated from a job or a schedule, or measured by a run.
+
+A pipeline has a row per rank; a job that offloads without one has a row per lane.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 import typer
 
 if TYPE_CHECKING:
+    from windlass.dist.mesh import Mesh
+    from windlass.launch.job import JobConfig
+    from windlass.launch.plan import Planner
+    from windlass.offload.simulate import Span
     from windlass.parallel.pipeline.schedule import Layout
     from windlass.parallel.pipeline.timeline import Timeline
 
-HELP = """Draw one step of a pipeline: a row per rank, its idle share and the stage activations it holds at most.
+HELP = """Draw one step: of a pipeline a row per rank, with its idle share and the stage activations it holds at most;
+of a job that offloads without one a row per lane: compute, copies, file reads and writes, updates.
 
 A job is planned and simulated as 'windlass plan' does. With --from-trace the step is one that a run recorded
 (profiler.start_step=5 profiler.all_ranks=true). With --builder it is a schedule without a job, by its name or from a
-file, with stages that are all alike. The terminal shows compute actions as text; --svg writes the whole picture.
+file, with stages that are all alike. The terminal shows compute actions or lanes as text; --svg (or --out) writes the
+whole picture.
 
 Examples:
 
     windlass draw pipeline-vocab
 
     windlass draw pipeline-vocab pipeline.schedule=1f1b --svg step.svg
+
+    windlass draw offload-175b --svg lanes.svg
+
+    windlass draw job.yaml --cluster cluster.yaml offload.policy=fuyou
 
     windlass draw --from-trace runs/mine --svg measured.svg
 
@@ -38,12 +52,10 @@ def register(app: typer.Typer) -> None:
 
 
 class Picture(NamedTuple):
-    """What is drawn, under which title, in which unit of time ("" for seconds), and what there is to say about it."""
+    """What is drawn: a text with its title, and the document of the same."""
 
-    timeline: Timeline
-    title: str
-    unit: str
-    remark: str
+    text: str
+    svg: Callable[[], str]
 
 
 def draw(
@@ -61,7 +73,8 @@ def draw(
     ] = None,
     chunks: Annotated[int, typer.Option(min=2, help="--builder interleaved: stages per rank.")] = 2,
     world: Annotated[int, typer.Option(min=0, help="JOB: number of ranks (0: as 'windlass plan').")] = 0,
-    svg: Annotated[Path | None, typer.Option(help="Write the picture to this file.")] = None,
+    cluster: Annotated[Path | None, typer.Option(help="JOB: YAML file with the keys of the group cluster.")] = None,
+    svg: Annotated[Path | None, typer.Option("--svg", "--out", help="Write the picture to this file.")] = None,
     write: Annotated[
         Path | None, typer.Option(help="--builder: write the schedule to this file, to be edited and run.")
     ] = None,
@@ -78,7 +91,7 @@ def draw(
             raise ConfigError(f"windlass draw --builder: '{ctx.args[0]}' belongs to a job. Remove it, or give a JOB.")
         pictures.append(_built(builder, ranks, micro_batches, vocab, head, chunks, write))
     if job is not None:
-        pictures.append(_planned(job, ctx.args, world))
+        pictures.append(_planned(job, ctx.args, world, cluster))
     if from_trace is not None:
         pictures.append(_measured(from_trace))
     _show(pictures, svg)
@@ -115,47 +128,93 @@ def _built(
     complete = schedule if schedule.lowered else lower(schedule)
     title = f"{schedule.name}: {layout.num_ranks} ranks, {schedule.num_micro_batches} micro-batches"
     title += f", vocabulary algorithm {layout.vocab}" if layout.vocab else ""
-    return Picture(simulate(complete, costs(layout)), title, "forwards of a stage", "simulated, stages all alike")
+    timeline = simulate(complete, costs(layout))
+    return _pipeline(timeline, title, "forwards of a stage", "simulated, stages all alike")
 
 
-def _planned(job: str, overrides: list[str], world: int) -> Picture:
+def _planned(job: str, overrides: list[str], world: int, cluster: Path | None) -> Picture:
     """Simulate the step of a job."""
     from windlass.launch.check import check_job
     from windlass.launch.config import load_job
-    from windlass.launch.plan import Planner, planned_ranks
+    from windlass.launch.plan import Planner
+    from windlass.launch.plan_cluster import planned_ranks
     from windlass.parallel.pipeline.simulate import simulate
 
-    loaded = load_job(job, overrides)
-    mesh = check_job(loaded, planned_ranks(loaded.config, world), to_run=False)
-    plan = Planner(loaded.config).pipeline(loaded.config, mesh)
+    loaded = load_job(job, overrides, cluster=cluster)
+    config = loaded.config
+    mesh = check_job(loaded, planned_ranks(config, world), to_run=False)
+    planner = Planner(config)
+    if config.offload.active and mesh.sizes["pp"] == 1:
+        picture = _planned_lanes(job, config, planner, mesh, world)
+        if picture is not None:
+            return picture
+    plan = planner.pipeline(config, mesh)
     unit = "" if plan.in_seconds else "forwards of a block"
     title = f"{job}: {plan.label}, {plan.schedule.num_micro_batches} micro-batches"
-    return Picture(simulate(plan.schedule, plan.costs), title, unit, plan.why)
+    why = plan.why + ("; what tiers move is left out" if config.offload.active else "")
+    return _pipeline(simulate(plan.schedule, plan.costs), title, unit, why)
+
+
+def _planned_lanes(job: str, config: JobConfig, planner: Planner, mesh: Mesh, world: int) -> Picture | None:
+    """Simulate the lanes of one rank; None if the planner chose to offload nothing."""
+    from windlass.launch.plan_cluster import device_kind, known_facts
+    from windlass.launch.plan_offload import simulated_step
+
+    facts, device = known_facts(config, world)
+    offloading = planner.offloading(config, mesh, facts, device or device_kind(config, facts))
+    if offloading.plans[0] is None:
+        return None
+    step = simulated_step(offloading, facts, mesh.world_size)
+    m = offloading.works[0].num_micro_batches
+    title = f"{job}: {offloading.config.policy}, {m} micro-batch" + ("es" if m > 1 else "")
+    phases = f"forward {step.forward_s:.3g}, backward {step.backward_s:.3g}, update {step.update_s:.3g}"
+    remark = f"{step.total_s:.4g} s: {phases}; '{step.bound}' is busy longest"
+    return _lanes(step.spans, title, f"simulated, {remark}")
 
 
 def _measured(run: Path) -> Picture:
-    """Read the step that a run recorded last, on the first rank of every pipeline rank."""
+    """Read the step that a run recorded last: the first rank of every pipeline rank, or the lanes of rank 0."""
     from windlass.launch.run_folder import RunFolder, recorded_timelines
+    from windlass.launch.trace_view import view_traces
+    from windlass.offload.draw import ordered_lanes
+    from windlass.offload.program import COPY_LANES
     from windlass.parallel.pipeline.draw import timeline_from_trace
 
     paths = recorded_timelines(RunFolder(run))
+    if len(paths) == 1:
+        last = view_traces(paths[0])[0].steps[-1]
+        spans = view_traces(paths[0], (last, last))[0].spans
+        if set(COPY_LANES) & set(ordered_lanes(spans)):
+            return _lanes(spans, f"{run}: step {last}", "measured")
     timeline = timeline_from_trace(paths, name=str(run))
-    return Picture(timeline, f"{run}: measured", "", f"{timeline.total_s:.3g} s")
+    return _pipeline(timeline, f"{run}: measured", "", f"{timeline.total_s:.3g} s")
+
+
+def _pipeline(timeline: Timeline, title: str, unit: str, remark: str) -> Picture:
+    """Draw a row per rank, in a unit of time ("" for seconds)."""
+    from windlass.parallel.pipeline.draw import svg, text_grid
+
+    idle = sum(timeline.idle) / len(timeline.idle)
+    text = f"{title} ({remark})\n{text_grid(timeline)}\nidle {idle:.1%} on average\n"
+    return Picture(text, lambda: svg(timeline, title, unit))
+
+
+def _lanes(spans: Sequence[Span], title: str, remark: str) -> Picture:
+    """Draw a row per lane."""
+    from windlass.offload.draw import svg, text
+
+    return Picture(f"{title} ({remark})\n{text(spans)}\n", lambda: svg(spans, title))
 
 
 def _show(pictures: list[Picture], svg: Path | None) -> None:
     """Print every picture as text; write the last one."""
     from windlass.dist.errors import ConfigError
-    from windlass.parallel.pipeline.draw import svg as draw_svg
-    from windlass.parallel.pipeline.draw import text_grid
 
-    for timeline, title, _, remark in pictures:
-        idle = sum(timeline.idle) / len(timeline.idle)
-        typer.echo(f"{title} ({remark})\n{text_grid(timeline)}\nidle {idle:.1%} on average\n")
+    for picture in pictures:
+        typer.echo(picture.text)
     if svg is not None:
-        timeline, title, unit, _ = pictures[-1]
         try:
-            svg.write_text(draw_svg(timeline, title, unit), encoding="utf-8")
+            svg.write_text(pictures[-1].svg(), encoding="utf-8")
         except OSError as error:
             raise ConfigError(f"--svg {svg}: {error.strerror}. Give a file that can be written.") from error
         typer.echo(f"wrote {svg}")
