@@ -99,21 +99,26 @@ def build(
         machine = OffloadMachine(
             plan, config, device=device, ledger=ledger, tracer=tracer, drives=drives, warn=warn, resume=resume
         )
-    engine = Engine(
-        model,
-        comm=comm,
-        mesh=mesh,
-        device=device,
-        zero=case.zero,
-        precision=precision,
-        activation=ActivationConfig(policy=case.recompute, every=case.every),
-        optimizer=case.optimizer_config,
-        fill=reference.fill,
-        tracer=tracer,
-        account=lambda state, held: ledger.add("device", state, held),
-        offload=machine,
-        tile=config.tile,
-    )
+    try:
+        engine = Engine(
+            model,
+            comm=comm,
+            mesh=mesh,
+            device=device,
+            zero=case.zero,
+            precision=precision,
+            activation=ActivationConfig(policy=case.recompute, every=case.every),
+            optimizer=case.optimizer_config,
+            fill=reference.fill,
+            tracer=tracer,
+            account=lambda state, held: ledger.add("device", state, held),
+            offload=machine,
+            tile=config.tile,
+        )
+    except BaseException:
+        if machine is not None:
+            machine.close()
+        raise
     return engine, machine
 
 

@@ -48,8 +48,8 @@ CLIPPING: dict[str, tuple[float, tuple[float, ...]]] = {
     "never": (0.0, ()),
     "always": (0.01, ()),
     "some steps": (1.0, SOME),
-    "a skipped step": (1.0, (0.02, 0.02, INF, 5.0, 0.02)),
-    "skipped steps, no limit": (0.0, (1.0, INF, INF, 1.0, 1.0)),
+    "a skipped step": (1.0, (0.02, INF, 5.0, 0.02)),
+    "skipped steps, no limit": (0.0, (1.0, INF, INF, 1.0)),
 }
 MODELS: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -94,7 +94,7 @@ def case_of(choice: dict[str, Any], ranks: int) -> OffloadCase:
     )
     between = choice["between"]
     return OffloadCase(
-        case, offload, weights=weights, drives=drives, evaluates=between == "evaluation", saves=between == "saving"
+        case, offload, (LR,) * 4, weights, drives, evaluates=between == "evaluation", saves=between == "saving"
     )
 
 
@@ -118,7 +118,7 @@ def test_every_policy_gives_the_bits_of_training_without_it(ranks: int) -> None:
 def test_replicas_of_shards_and_process_groups_change_nothing() -> None:
     def of(name: str, stage: int = 3, **changes: Any) -> OffloadCase:
         case = Case(ZeroConfig(stage=stage), "bf16", "fp32", micro_batches=8, model={"width": WIDTH, "tied": True})
-        return OffloadCase(replace(case, **changes), replace(POLICIES[name], chunk=2048), weights=SOME)
+        return OffloadCase(replace(case, **changes), replace(POLICIES[name], chunk=2048), (LR,) * 3, SOME)
 
     check(4, [of(name, replicate=2) for name in ("fuyou", "all on nvme", "interleaved")])
     check(2, [of("fuyou"), of("mlp-offload", stage=1)], transport="group")
@@ -194,7 +194,7 @@ def test_placements_written_by_hand_give_the_same(ranks: int) -> None:
         case = Case(ZeroConfig(stage=3), param, reduce, model=model, micro_batches=2 * ranks)
         for policy in ("none", "fuyou"):
             offload = OffloadConfig(policy=policy, table=table, chunk=2048, slabs=1, update="after")
-            cases.append(OffloadCase(case, offload, weights=SOME, evaluates=True))
+            cases.append(OffloadCase(case, offload, (LR,) * 3, SOME, evaluates=True))
     check(ranks, cases)
 
 

@@ -56,7 +56,7 @@ def case_of(choice: dict[str, Any], ranks: int) -> OffloadCase:
     offload = POLICIES[policy] if policy in POLICIES else OffloadConfig(table=TABLES[policy])
     offload = replace(offload, chunk=chunk, slabs=slabs, lookahead=choice["lookahead"])
     offload = replace(offload, tile=choice["tile"] if stage == 3 else 0)
-    return OffloadCase(case, offload, (LR,) * 4, drives=drives)
+    return OffloadCase(case, offload, (LR,) * 3, drives=drives)
 
 
 def workload(engine: Engine, given: OffloadCase, shards: int, micro_batches: int) -> Workload:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,7 +13,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 from tests.parity import reference
-from windlass.dist.errors import PlanError
+from windlass.dist.errors import ConfigError, PlanError
+from windlass.launch.check import check_job
+from windlass.launch.config import load_job
 from windlass.model.build import build_model
 from windlass.model.config import ModelConfig
 from windlass.model.meta import weightless
@@ -115,3 +118,11 @@ def test_backward_goes_through_weights_from_the_last_to_the_first() -> None:
     assert passes.rebuild == [("c", False), ("d", False)]
     assert passes.recompute == [*passes.rebuild, *passes.backward]
     assert tile_passes([("ab", False), ("cd", True)], 1).backward == [("d", True), ("c", True)]
+
+
+def test_tiles_need_stage_3_and_nothing_else(tmp_path: Path) -> None:
+    path = tmp_path / "job.yaml"
+    path.write_text("offload: {tile: 1000000}\n")
+    with pytest.raises(ConfigError, match=r"offload\.tile = 1000000 .*needs zero\.stage = 3.* Use zero\.stage=3"):
+        check_job(load_job(path, ["zero.stage=2"]), 2, to_run=False)
+    check_job(load_job(path, ["zero.stage=3"]), 2, to_run=False)
