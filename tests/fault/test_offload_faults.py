@@ -214,7 +214,7 @@ def forget_a_version(engine: Engine, machine: OffloadMachine) -> None:
     [
         (limit_file_size, ("state.bin",)),
         (cut_short, ("state.bin",)),
-        (flip_bytes, ("embed/param", "differ")),
+        (flip_bytes, ("embed/param", "are damaged")),
         (forget_a_version, ("version",)),
     ],
     ids=lambda given: getattr(given, "__name__", ""),

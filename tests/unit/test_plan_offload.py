@@ -47,7 +47,8 @@ def planned(job: JobConfig, ranks: int = 1) -> Plan:
 
 
 def test_175_billion_parameters_are_planned_as_fuyou_measured_them() -> None:
-    config = load_job("offload-175b").config
+    whole = ["offload.tile=0", "offload.lookahead=[3,1,1]", "train.micro_batch=8", "cluster.device_bytes=80GB"]
+    config = load_job("offload-175b", whole).config
     plan = make_plan(config, 1, config.cluster)
     offload = plan.offload
     assert offload is not None and offload.seconds is not None
@@ -61,6 +62,15 @@ def test_175_billion_parameters_are_planned_as_fuyou_measured_them() -> None:
     assert offload.wear is not None and offload.wear.bytes_per_step == pytest.approx(14 * params, rel=0.01)
     assert offload.wear.steps == pytest.approx(34_000, rel=0.02), "12 drives of 7 PB"
     assert plan.verdict == FITS
+
+
+def test_in_tiles_175_billion_parameters_fit_24_gigabytes_for_one_more_fetch_of_each() -> None:
+    config = load_job("offload-175b").config
+    assert config.cluster.device_bytes == 24 * 10**9
+    plan = make_plan(config, 1, config.cluster)
+    assert plan.verdict == FITS and plan.offload is not None and plan.offload.seconds is not None
+    floor = (3 * 2 + 12 + 14) * plan.num_parameters / config.cluster.nvme_mixed_bytes_per_s
+    assert plan.offload.seconds["total"] == pytest.approx(floor, rel=0.1)
 
 
 def test_the_command_prints_tiers_lanes_seconds_and_wear(capsys: pytest.CaptureFixture[str]) -> None:
