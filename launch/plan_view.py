@@ -149,7 +149,7 @@ def verdict_line(plan: Plan) -> str:
 
 def _change_line(plan: Plan, change: Change | None) -> str:
     if change is None:
-        return "No change of stage, recomputation, micro-batch or number of ranks that was tried makes it fit."
+        return "No change of stage, recomputation, micro-batch, offload policy or ranks that was tried makes it fit."
     ranks = [f"--world {change.world_size}"] if change.world_size != plan.world_size else []
     return (
         f"Nearest change that fits: [bold]{' '.join([*ranks, *change.overrides])}[/] "

@@ -17,6 +17,7 @@ from windlass.offload.plan_bytes import (
     DEVICE_RECORDS,
     ahead_of,
     gradients_under_way,
+    hands_over,
     leaves,
     param_slab_bytes,
     plan_bytes,
@@ -184,7 +185,8 @@ class _Compiler:
             self._reduced += [reduction] if last else []
             return
         self._reducing.append((u, reduction, last))
-        while len(self._reducing) > LAG:
+        handed_over = leaves(unit) and hands_over(self.plan, self.work)
+        while len(self._reducing) > (0 if handed_over else LAG):
             self._arrive(*self._reducing.popleft())
 
     def _reduce(self, u: int) -> int:

@@ -87,8 +87,8 @@ def device_slab_bytes(plan: OffloadPlan) -> int:
 
 def gradient_buffers(plan: OffloadPlan, work: Workload) -> dict[int, int]:
     """Return the device buffers through which gradients leave: elements of one, and how many."""
-    if work.num_shards == 1 and not plan.accumulates:
-        return {}  # handed over in the slot that backward wrote
+    if hands_over(plan, work):
+        return {}
     leaving = Counter(u.numel for u, f in zip(plan.units, work.units, strict=True) if f.trainable and leaves(u))
     return {numel: min(GRAD_BUFFERS, users) for numel, users in leaving.items()}
 
@@ -103,6 +103,11 @@ def gradients_under_way(plan: OffloadPlan, work: Workload) -> dict[int, int]:
         return buffers
     formed = Counter(facts.numel for facts in work.units if facts.trainable and not facts.whole_gradient)
     return {numel: min(GRAD_BUFFERS, users) for numel, users in formed.items()}
+
+
+def hands_over(plan: OffloadPlan, work: Workload) -> bool:
+    """Return whether gradients that leave the device do so in the slot that backward wrote: nothing is summed."""
+    return work.num_shards == 1 and not plan.accumulates
 
 
 def leaves(unit: UnitPlacement) -> bool:

@@ -39,9 +39,6 @@ class GradientHome(Protocol):
     def take(self, *, accumulate: bool) -> torch.Tensor:
         """Return the buffer to reduce into, (shard_numel,), holding the sum so far if that is to be added to."""
 
-    def adopt(self, tensor: torch.Tensor) -> Pending[None]:
-        """Take over a buffer that holds the finished sum already; return what is done when nobody reads it any more."""
-
     def settled(self, *, last: bool) -> None:
         """Say that a reduction into the buffer is over; `last`: of the step."""
 
@@ -71,10 +68,6 @@ class StaysOnDevice:
 
     def take(self, *, accumulate: bool) -> torch.Tensor:
         return self._tensor
-
-    def adopt(self, tensor: torch.Tensor) -> Pending[None]:
-        self._tensor.copy_(tensor)
-        return Pending(_nothing)
 
     def settled(self, *, last: bool) -> None:
         if self._machine is not None:
@@ -126,6 +119,7 @@ class LeavesDevice:
         return self._buffer.tensor
 
     def adopt(self, tensor: torch.Tensor) -> Pending[None]:
+        """Take over a buffer that holds the finished sum already; return what is done when nobody reads it any more."""
         free: Future[None] = Future()
         self._buffer = GradientView(tensor, lambda: free.set_result(None))
         what = f"the gradient of {self._placement.name} to leave the device"

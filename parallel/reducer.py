@@ -17,7 +17,7 @@ from windlass.dist.comm import Group, Pending, Symmetric
 from windlass.dist.errors import OffloadError
 from windlass.offload.machine import OffloadMachine
 from windlass.parallel.buffers import GradSlot, SlotPool
-from windlass.parallel.gradient_home import GradientHome, StaysOnDevice
+from windlass.parallel.gradient_home import GradientHome, LeavesDevice, StaysOnDevice
 from windlass.parallel.units import ParameterPlan, UnitPlan
 
 Gradients = Iterable[tuple[ParameterPlan, torch.Tensor]]
@@ -28,6 +28,7 @@ class Reducer(Protocol):
 
     grad: torch.Tensor  # own box, (shard_numel,): after `finish` the sum over all ranks and micro-batches
     home: GradientHome  # where that goes
+    handed_over: bool  # nothing is summed: what is completed is there at once, in a buffer that others wait for
 
     def add(self, gradients: Gradients) -> None:
         """Add the gradients of one use of the unit in this micro-batch."""
@@ -99,6 +100,7 @@ class ReduceAtStep:
         machine: OffloadMachine | None = None,
     ) -> None:
         self.home: GradientHome = StaysOnDevice(symmetric.mine, plan.name, machine)
+        self.handed_over = False
         self._symmetric = symmetric
         self._replicas = replicas
         self._replicated = replicated
@@ -154,7 +156,7 @@ class ReduceInBackward:
     def __init__(
         self, plan: UnitPlan, home: GradientHome, slots: SlotPool, replicas: Group | None, *, handed_over: bool = False
     ) -> None:
-        self._plan, self.home, self._handed_over = plan, home, handed_over
+        self._plan, self.home, self.handed_over = plan, home, handed_over
         self._slots = slots
         self._replicas = replicas
         self._label = f"grad {plan.name}"
@@ -183,7 +185,7 @@ class ReduceInBackward:
         slot, self._slot = self._filling(), None
         self._accumulator.close(slot.symmetric.tensor)
         slot.held = False
-        if self._handed_over:
+        if self.handed_over:
             self._hand_over(slot, last)
             return
         self.grad = self.home.take(accumulate=self._accumulate)
@@ -199,6 +201,7 @@ class ReduceInBackward:
                 f"{self._label}: the tiers were planned for one micro-batch per step, and there are more. Plan "
                 "for them: train.global_batch"
             )
+        assert isinstance(self.home, LeavesDevice)
         self.grad = slot.symmetric.tensor
         slot.pending = self.home.adopt(self.grad)
 

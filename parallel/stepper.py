@@ -4,7 +4,7 @@ Units whose state stays on the device are updated when the norm of all gradients
 as their gradients arrive during backward (`when` of the plan); what they wrote becomes the state only when the norm is
 known and asks for no other scale, else it is forgotten, and made again with the right one. Adam is never inverted.
 Must not know: where records rest, how gradients are formed.
-Source: Jang et al. 2024, arXiv:2403.06504 (updates during backward); speculation with shadow records instead of
+Source: Liao et al. 2024, arXiv:2403.06504 (updates during backward); speculation with shadow records instead of
 reversing updates, so that the result is exact.
 """
 
@@ -81,7 +81,7 @@ class Stepper:
             self._shared.append(unit)
             return
         self._reducing.append((unit, last))
-        while len(self._reducing) > LAG:
+        while len(self._reducing) > (0 if unit.reducer.handed_over else LAG):
             self._arrive(*self._reducing.popleft())
 
     def _arrive(self, unit: Unit, last: bool) -> None:

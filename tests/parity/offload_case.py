@@ -215,5 +215,5 @@ def same_state(mine: list[Any], theirs: list[Any], what: object) -> None:
 
 
 def without(given: OffloadCase) -> OffloadCase:
-    """Return the same training with nothing offloaded."""
-    return replace(given, offload=OffloadConfig(), drives=1, shares=())
+    """Return the same training with nothing offloaded, in the same tiles, which round in another way than none."""
+    return replace(given, offload=OffloadConfig(tile=given.offload.tile), drives=1, shares=())

@@ -140,3 +140,59 @@ def test_the_costs_in_the_documentation_are_those_of_the_simulation(name: str) -
 
     plain, whole, cut = facts(0, 0.0), facts(0, 1.0), facts(2, 1.0)
     assert cells == [*plain, whole[0], cut[0], cut[2]]
+
+
+LANES = Path(__file__).resolve().parents[2] / "docs" / "pictures" / "offload.yaml"
+
+
+@pytest.mark.parametrize("option", ["--svg", "--out"])
+def test_a_job_that_offloads_is_drawn_by_its_lanes(
+    option: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    path = tmp_path / "lanes.svg"
+    code, out, _ = run(capsys, str(LANES), "offload.policy=fuyou", option, str(path))
+    lanes = [line.split("|")[0].strip() for line in out.splitlines() if "busy " in line and "|" in line]
+    assert code == 0 and lanes == ["compute", "h2d", "d2h", "file read", "file write", "cpu update"]
+    assert "fuyou, 1 micro-batch (simulated, " in out and "update " in out and f"wrote {path}" in out
+    drawn = "".join(ET.parse(path).getroot().itertext())
+    assert "backward blocks.3" in drawn and "file write" in drawn
+
+
+def test_what_the_planner_chooses_is_what_is_drawn(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = run(capsys, str(LANES), "offload.policy=auto", "cluster.device_bytes=16GB")
+    assert code == 0 and "cpu update" in out and "file read" not in out, "no drive is named"
+    code, out, _ = run(capsys, str(LANES), "offload.policy=auto", "cluster.device_bytes=80GB")
+    assert code == 0 and len(rows(out)) == 1 and "cpu update" not in out, "all of it fits the device"
+
+
+def test_rates_that_are_not_known_are_named_and_a_file_of_them_is_read(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    arguments = ["quickstart", "--world", "1", "offload.policy=zero-offload"]
+    code, _, err = run(capsys, *arguments)
+    assert code == 3 and err.count("\n") == 1 and "bench tiers" in err
+    assert all(key in err for key in ("cluster.device_flops", "cluster.h2d_bytes_per_s", "cluster.cpu_update_per_s"))
+    path = tmp_path / "cluster.yaml"
+    path.write_text("device_flops: 1.0e+11\nh2d_bytes_per_s: 1.0e+9\ncpu_update_per_s: 1.0e+8\n")
+    code, out, _ = run(capsys, *arguments, "--cluster", str(path))
+    assert code == 0 and "zero-offload, " in out and "cpu update" in out
+
+
+def test_a_pipeline_that_offloads_is_drawn_by_its_ranks(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = run(capsys, "pipeline-vocab", "zero.stage=3", "offload.policy=zero-offload")
+    assert code == 0 and len(rows(out)) == 2 and "what tiers move is left out" in out
+
+
+def test_lanes_that_a_run_recorded_are_drawn(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    (tmp_path / "plan.json").write_text(json.dumps({"mesh": {"pp": 1, "dp_replicate": 1, "dp_shard": 1}}))
+    (tmp_path / "traces").mkdir()
+    tracer = Tracer(enabled=True)
+    for step in (6, 7):
+        with tracer.span(f"step {step}", "step"):
+            for name, lane in (("0F0", "compute"), ("record head/0", "h2d")):
+                with tracer.span(name, lane, action=name):
+                    sum(range(20_000))
+    tracer.write_chrome(tmp_path / "traces" / "timeline_rank0_step7.json.gz", 0)
+    code, out, _ = run(capsys, "--from-trace", str(tmp_path), "--svg", str(tmp_path / "lanes.svg"))
+    assert code == 0 and "step 7 (measured)" in out and "h2d" in out
+    assert "record head/0" in (tmp_path / "lanes.svg").read_text()
