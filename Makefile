@@ -53,5 +53,6 @@ check: setup
 bench: setup
 	$(BIN)/python benchmarks/zero.py $(ARGS)
 	$(BIN)/python benchmarks/pipeline.py $(ARGS)
+	$(BIN)/python benchmarks/offload.py $(ARGS)
 	$(BIN)/python benchmarks/startup.py
 	$(BIN)/python benchmarks/loader.py

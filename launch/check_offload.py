@@ -51,6 +51,23 @@ def check_offload(loaded: Loaded, *, to_run: bool) -> None:
     if not on_nvme:
         for key in ("engine", "io_threads", "checksums", "nvme_bytes", "host_share"):
             _unused(loaded, f"offload.{key}", "when nothing rests on nvme")
+    if "nvme" not in optimizers:
+        for key in ("cache", "host_share"):
+            _unused(loaded, f"offload.{key}", "when the optimizer does not rest on nvme")
+    if optimizers == {"device"} and params == {"device"}:
+        for key in ("device_share", "stride", "chunk", "slabs", "update", "clip", "order"):
+            _unused(loaded, f"offload.{key}", "when the optimizer rests on the device")
+    if policy.when == "backward":
+        _unused(loaded, "offload.order", "when updates begin during backward, as gradients arrive")
+    if loaded.config.optimizer.name != "adamw":
+        _unused(loaded, "offload.adam", f"with optimizer.name = '{loaded.config.optimizer.name}'")
+    if config.adam == "deepspeed" and loaded.config.precision.param == "fp64":
+        raise ConfigError(f"{loaded.at('offload.adam')}: updates fp32 weights only. Use offload.adam=torch with fp64.")
+    if loaded.config.parallelism.pp > 1 and config.lookahead[1] == 0 and config.lookahead[0] > 0:
+        raise ConfigError(
+            f"{loaded.at('offload.lookahead')}: a pipeline's schedule brings whole stages, and what was read ahead of "
+            "them without being copied on could hold all slabs. Use a second number of 1 or more."
+        )
     if params == {"device"}:
         for key in ("param_device_share", "lookahead", "window"):
             _unused(loaded, f"offload.{key}", "when parameters rest on the device")

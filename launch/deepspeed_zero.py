@@ -71,6 +71,8 @@ def offload(t: Translation) -> None:
     sources["optimizer"] = sources["policy"]
     for name, value in PLACES[param, optimizer].items():
         t.put(sources[name], f"offload.{name}", value, _place_text(name, value))
+    if stage == 1 and optimizer != "device":
+        t.put(sources["policy"], "offload.grad", "device", "with stage 1 gradients stay whole until the step is over")
     for key in (f"{PARAM}.device", f"{OPTIMIZER}.device", f"{ZERO}.cpu_offload", f"{ZERO}.cpu_offload_param"):
         if key in t.given and key not in t.seen:
             tier = param if "param" in key else optimizer

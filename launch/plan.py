@@ -203,7 +203,8 @@ class Planner:
         offload = offloading.summary
         tiers = {} if offload is None else offload.bytes
         capacity = capacity_bytes(cluster, world_size, device)
-        if offload is not None and set(offload.over) - {"device"}:
+        # What is over on the device beside what its own budget says is seen below, with activations.
+        if offload is not None and set(offload.over) - ({"device"} if not config.offload.device_bytes else set()):
             verdict = DOES_NOT_FIT
         elif capacity is None or active is None:
             verdict = UNKNOWN

@@ -19,7 +19,7 @@ from windlass.dist.errors import PlanError
 from windlass.launch.job import JobConfig
 from windlass.model.flops import attention_flops_per_token
 from windlass.model.protocol import BlockModel
-from windlass.offload.choose import choose, coarse, excess, least_on_device
+from windlass.offload.choose import admit, choose, coarse, excess, least_on_device
 from windlass.offload.compile import build_program
 from windlass.offload.costs import Wear, wear
 from windlass.offload.placement import OffloadPlan, UnitPlacement, plan_offload
@@ -51,6 +51,7 @@ class OffloadSummary:
     bytes: dict[str, dict[str, int]]
     budgets: dict[str, int]
     over: dict[str, int]  # by tier, what is over the budget
+    refusal: str  # why a run does not start, with the budgets that would do; empty: it does
     moved: dict[str, int]
     seconds: dict[str, float] | None = None  # forward, backward, update, and total
     busy: dict[str, float] = field(default_factory=dict)
@@ -250,9 +251,18 @@ def _summary(
         bytes=plan_bytes(plan, work),
         budgets=dict(budgets),
         over=over,
+        refusal=_refusal(plan, work, budgets),
         moved={},
         notes=[least_on_device(plan, work)] if "device" in over else [],
     )
+
+
+def _refusal(plan: OffloadPlan, work: Workload, budgets: Mapping[str, int]) -> str:
+    try:
+        admit(plan, work, budgets)
+    except PlanError as error:
+        return str(error)
+    return ""
 
 
 def _with_step(

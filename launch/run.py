@@ -20,6 +20,7 @@ from windlass.data.loader import Loader
 from windlass.dist.comm import Comm, Group
 from windlass.dist.device import Device, pick_device
 from windlass.dist.env import ProcessEnv, read_process_env
+from windlass.dist.errors import PlanError
 from windlass.dist.mesh import plan_mesh
 from windlass.dist.trace import Tracer
 from windlass.launch.config import to_yaml
@@ -40,11 +41,11 @@ from windlass.launch.start import (
     step_of,
     to_be_restored,
 )
-from windlass.launch.tiers import adopt_newest, build_machine, tier_limits
+from windlass.launch.tiers import adopt_newest, begin_timeline, build_machine, read_timeline, tier_limits
 from windlass.launch.trainer import Trainer
 from windlass.model.build import build_model
 from windlass.offload.ledger import TIERS, TierLedger
-from windlass.offload.machine import OffloadMachine
+from windlass.offload.machine import TIMELINE, OffloadMachine
 from windlass.parallel.engine import Engine
 
 
@@ -65,6 +66,7 @@ class Run:
     plan: Plan
     engine: Engine
     offload: OffloadMachine | None
+    timeline: str
     progress: Progress
     loader: Loader
     profiler: StepProfiler
@@ -118,7 +120,7 @@ class Run:
                     thing in the next step is a sum over all ranks
         """
         if self.offload is not None and self.offload.durable:
-            self.offload.store.make_durable(step, self.facts(step, tokens))
+            self.offload.store.make_durable(step, {**self.facts(step, tokens), TIMELINE: self.timeline})
 
     def save(self, step: int, tokens: int) -> SaveReport:
         """Save a checkpoint.
@@ -223,12 +225,18 @@ def build_run(config: JobConfig, env: ProcessEnv) -> Run:
             comm = stack.enter_context(
                 Comm.start(env, device, transport=parallelism.transport, timeout_s=parallelism.timeout_s, tracer=tracer)
             )
+            if plan.offload is not None and plan.offload.refusal:
+                raise PlanError(plan.offload.refusal)
             # Actions come before what follows from them, so that the first difference names one.
             actions = plan.pipeline.schedule.to_json() if plan.pipeline else None
             check_same(
                 comm.world,
                 {"config": asdict(config), "pipeline": actions, "plan": plan.as_json(), "versions": versions()},
             )
+        with clock.phase("checkpoint"):
+            checkpoint, passed_over = find_checkpoint_to_resume(config, folder, comm.world)
+            saved_step = -1 if checkpoint is None else step_of(checkpoint)
+            timeline = read_timeline(folder, comm.world)
         with clock.phase("tiers"):
             offload = build_machine(
                 config,
@@ -238,13 +246,15 @@ def build_run(config: JobConfig, env: ProcessEnv) -> Run:
                 ledger=ledger,
                 tracer=tracer,
                 warn=lambda message: events.warn(0, message),
+                timeline=timeline,
+                checkpoint_step=saved_step,
             )
             if offload is not None:
                 stack.enter_context(offload)
-        with clock.phase("checkpoint"):
-            checkpoint, passed_over = find_checkpoint_to_resume(config, folder, comm.world)
-            on_drives = adopt_newest(offload, comm.world, -1 if checkpoint is None else step_of(checkpoint))
-            if on_drives is not None:
+            on_drives = adopt_newest(offload, comm.world, saved_step)
+            if on_drives is None:
+                timeline = begin_timeline(folder, comm.world)
+            else:
                 check_order(on_drives.extra, inputs.identity, "state on nvme")
                 checkpoint = None
         with clock.phase("engine"):
@@ -285,6 +295,7 @@ def build_run(config: JobConfig, env: ProcessEnv) -> Run:
             plan=plan,
             engine=engine,
             offload=offload,
+            timeline=timeline,
             progress=progress,
             loader=loader,
             profiler=profiler,

@@ -56,6 +56,10 @@ class RunFolder:
         return self.root / "tensorboard"
 
     @property
+    def timeline(self) -> Path:
+        return self.root / "timeline"
+
+    @property
     def checkpoints(self) -> Path:
         return self.root / "checkpoints"
 

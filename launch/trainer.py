@@ -79,8 +79,10 @@ class Trainer:
             if not stop and (last or (train.eval_every and self.step % train.eval_every == 0)):
                 self._evaluate()
             every = run.config.checkpoint.every
-            if (every and self.step % every == 0) or ((last or stop) and run.config.checkpoint.at_end):
+            if every and self.step % every == 0:
                 self._save()
+        if run.config.checkpoint.at_end:  # also when the last step was found on the drives, and nowhere else
+            self._save()
         self._profiled(run.profiler.close(self.step))
         return signal.Signals(stop).name if stop else "done"
 
@@ -93,11 +95,11 @@ class Trainer:
         data_s = time.perf_counter() - began
         rate = learning_rate(run.config.optimizer, run.config.lr_scheduler, self.step, run.config.train.steps)
         report = run.engine.train_step(batches, rate)
-        step_s = time.perf_counter() - began
         self.step += 1
         self.tokens += report.tokens
-        self.productive_s += 0.0 if report.skipped else step_s
         run.commit_step(self.step, self.tokens)
+        step_s = time.perf_counter() - began
+        self.productive_s += 0.0 if report.skipped else step_s
         run.events.emit(self._stepped(report, rate, (first, run.loader.consumed), step_s, data_s))
         self._check_finite(report)
 

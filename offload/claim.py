@@ -60,7 +60,9 @@ class Claim:
         self._fd = -1
         try:
             while self._fd < 0:
-                folder.mkdir(exist_ok=True)
+                if not folder.is_dir():
+                    folder.mkdir(exist_ok=True)
+                    sync_folder(folder.parent)
                 self._take(folder / _LOCK_NAME)
         except OSError as error:
             raise OffloadError(

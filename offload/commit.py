@@ -99,6 +99,12 @@ class CommitLog:
             self._doubtful = [r for r in self._doubtful if r.commit.step not in steps]
 
 
+def newest_commit(folder: Path) -> Commit | None:
+    """Return the newest undamaged commit in a folder, whatever the layout of the file beside it."""
+    records = [record for path in folder.glob("commit-*.json") if (record := _read(path)) is not None]
+    return max((record.commit for record in records), key=lambda commit: commit.step, default=None)
+
+
 def _record_path(folder: Path, step: int) -> Path:
     return folder / f"commit-{step:08d}.json"
 

@@ -98,6 +98,7 @@ class Lanes:
         self._waiters: set[threading.Event] = set()
         self._failure: BaseException | None = None
         self._closed = threading.Event()
+        self._num_finished = 0  # tasks so far: whether anything moves at all
 
     def submit(
         self,
@@ -377,6 +378,7 @@ class Lanes:
                 self._throttle(lane, task, start, ready_s)
         with self._lock:
             lane.running.remove(task)
+            self._num_finished += 1
             self._open.discard(task)
             counters = self._counters[lane.name]
             counters.busy_s += time.perf_counter() - start
@@ -406,8 +408,12 @@ class Lanes:
         start = time.perf_counter()
         try:
             with self.tracer.span(f"wait {what or name}", "wait", **{"for": lane, "task": name_of(blocker)}):
-                if self._failure is None and not self._closed.is_set() and not woken.wait(self.watchdog_s):
-                    self.fail_wait(name)
+                while self._failure is None and not self._closed.is_set():
+                    before = self._num_finished
+                    if woken.wait(self.watchdog_s):
+                        break
+                    if self._num_finished == before:  # slow is not stuck
+                        self.fail_wait(name)
         finally:
             with self._lock:
                 self._waiters.discard(woken)

@@ -7,6 +7,7 @@ Must not know: layers, what the numbers mean, ranks other than its own.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ import torch
 from windlass.dist.device import Device
 from windlass.dist.errors import OffloadError
 from windlass.dist.trace import Tracer
+from windlass.offload.claim import run_folder
+from windlass.offload.commit import newest_commit
 from windlass.offload.engines import build_engine
 from windlass.offload.lane import LaneCounters, Lanes
 from windlass.offload.ledger import TierLedger
@@ -26,6 +29,7 @@ from windlass.offload.policy import OffloadConfig
 from windlass.offload.slabs import HostMemory, SlabPool
 from windlass.offload.store import READ, WRITE, TensorStore, lane_of
 
+TIMELINE = "timeline"  # what a commit says about the succession of starts that it belongs to
 DEVICE_RECORDS = 2  # records on the device while they are updated there: one comes or goes while one is updated
 
 
@@ -33,13 +37,17 @@ DEVICE_RECORDS = 2  # records on the device while they are updated there: one co
 class Drives:
     """Folders on the drives of this host, and how much of the bytes each takes (empty: equal shares).
 
-    `identity` is what must be equal for an earlier run's files to be of use.
+    `identity` is what must be equal for an earlier run's files to be of use. What they hold is worth keeping if it is
+    of `timeline` and newer than `after`, the step that a checkpoint holds; `resume`: whether it is looked at at all.
     """
 
     paths: Sequence[str] = ()
     weights: Sequence[float] = ()
     identity: str = ""
     rank: int = 0
+    resume: bool = False
+    timeline: str = ""
+    after: int = -1
 
 
 def state_key(unit: str, chunk: int) -> str:
@@ -75,7 +83,7 @@ class DeviceMemory:
 class OffloadMachine:
     """Everything that one rank needs to keep state off its device.
 
-    With `resume`, files that an earlier run of the same identity left are kept; say with `adopt` what counts of them.
+    Where `drives` say so, files that an earlier run of the same identity left are kept; say with `adopt` what counts.
     Raises:  TierOutOfMemory if a budget does not hold what rests on its tier; OffloadError for drives that cannot be
              used
     """
@@ -90,26 +98,26 @@ class OffloadMachine:
         tracer: Tracer,
         drives: Drives,
         warn: Callable[[str], None],
-        resume: bool = False,
     ) -> None:
         self.plan, self.device, self.ledger, self.adam = plan, device, ledger, config.adam.replace("auto", "torch")
         self.lanes = Lanes(
             tracer,
-            rates=config.throttle,
+            rates={lane_of(name, d): rate for name, rate in config.throttle.items() for d in _drives(name, drives)},
             watchdog_s=config.watchdog_s,
             workers={lane_of(name, d): config.io_threads for name in (READ, WRITE) for d in range(len(drives.paths))},
             prepare=device.use,
         )
-        self.host = HostMemory(ledger, device)
+        self.host = HostMemory(ledger, device, warn=warn)
         self.on_device = DeviceMemory(ledger, device.torch_device)
         self.store = TensorStore(self.lanes)
         self.loans = Loans(self.store, self.lanes)
         self._pools: list[SlabPool] = []
         self.files: list[StateFile] = []
+        self._timeline = drives.timeline
         self.adopted = False
         self.finished = False  # what training made is safe elsewhere
         try:
-            self._place_records(config, drives, warn, resume)
+            self._place_records(config, drives, warn)
             self._make_pools()
         except BaseException:
             self.close()
@@ -117,7 +125,7 @@ class OffloadMachine:
 
     # -- building ----------------------------------------------------------------------------------------------------
 
-    def _place_records(self, config: OffloadConfig, drives: Drives, warn: Callable[[str], None], resume: bool) -> None:
+    def _place_records(self, config: OffloadConfig, drives: Drives, warn: Callable[[str], None]) -> None:
         extents: list[tuple[Extent, str]] = []
         for unit in self.plan.units:
             extents += self._place_unit(unit)
@@ -142,10 +150,11 @@ class OffloadMachine:
         self.store.use_files(self.files)
         for path, own in used:
             file = None
-            if resume:
+            if drives.resume:
                 engine = build_engine(config.engine)
                 file = StateFile.reopen(Path(path), drives.rank, own, engine=engine, **options)
             if file is None:
+                _check_nothing_lost(run_folder(Path(path), drives.rank, identity), drives)
                 engine = build_engine(config.engine)
                 file = StateFile.create(Path(path), drives.rank, own, engine=engine, **options)
             self.files.append(file)
@@ -158,14 +167,16 @@ class OffloadMachine:
         """Whether the drives alone hold all that training changes, a whole step at any moment."""
         plan = self.plan
         trained = [u for u in plan.units if u.trainable]
-        return plan.shadowed and all(u.chunks and all(c.tier == "nvme" for c in u.chunks) for u in trained)
+        whole = all(u.chunks and all(c.tier == "nvme" for c in u.chunks) for u in trained)
+        return plan.shadowed and whole and all(u.param == "nvme" for u in plan.units if not u.trainable)
 
     def whole_steps(self) -> dict[int, dict[str, Any]]:
         """Return the steps that an earlier run left whole on all drives of this rank, with what was noted with each."""
         if not self.durable or not self.files:
             return {}
         commits = [{commit.step: commit.extra for commit in file.commits()} for file in self.files]
-        return {step: commits[0][step] for step in set.intersection(*(set(c) for c in commits))}
+        common = set.intersection(*(set(c) for c in commits))
+        return {step: commits[0][step] for step in common if commits[0][step].get(TIMELINE) == self._timeline}
 
     def adopt(self, step: int | None) -> None:
         """Take the state of one of `whole_steps` as it is on the drives; None: nothing of an earlier run counts."""
@@ -234,6 +245,7 @@ class OffloadMachine:
 
     def check_balanced(self) -> None:
         """Raise OffloadError if a slab or a record is still in use: at the end of a step nothing is under way."""
+        self.lanes.check_idle()
         self.store.check_balanced()
         for pool in self._pools:
             pool.check_balanced(kept=len(self.store.kept) if pool is self.records else 0)
@@ -247,16 +259,33 @@ class OffloadMachine:
 
         Files stay where they hold a whole step that exists nowhere else.
         """
-        self.lanes.close()
-        for file in self.files:
-            file.close(remove=self.finished or not self.durable)
-        self.host.close()
+        with ExitStack() as stack:
+            stack.callback(self.host.close)
+            for file in self.files:
+                stack.callback(file.close, remove=self.finished or not self.durable or not file.commits())
+            self.lanes.close()
 
     def __enter__(self) -> OffloadMachine:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _check_nothing_lost(folder: Path, drives: Drives) -> None:
+    """Refuse to write over a step that exists nowhere else, because records are cut otherwise now."""
+    left = newest_commit(folder) if drives.resume else None
+    if left is not None and left.extra.get(TIMELINE) == drives.timeline and left.step > drives.after:
+        raise OffloadError(
+            f"{folder} holds step {left.step} of this run, newer than any checkpoint, in records cut otherwise: "
+            "offload.chunk, the placement, cluster.nvme_paths, cluster.nvme_weights or the precision changed. Set them "
+            "back to go on from there, or delete that folder to give the steps up"
+        )
+
+
+def _drives(lane: str, drives: Drives) -> range:
+    """Return the numbers of the lanes of one name: files have one lane per drive."""
+    return range(max(1, len(drives.paths))) if lane in (READ, WRITE) else range(1)
 
 
 def _share_out(extents: Sequence[Extent], weights: Sequence[float]) -> list[list[Extent]]:

@@ -127,7 +127,7 @@ class OffloadConfig:
         default=-1,
         metadata={
             "help": "parts whose fetched parameters stay on the device around the turn from forward to backward "
-            "(negative: the policy's)",
+            "(0 or less: the policy's, which is 2 for most)",
             "unit": "parts",
         },
     )
@@ -164,7 +164,8 @@ class OffloadConfig:
     engine: str = field(
         default="threads",
         metadata={
-            "help": "file engine: threads (preadv and pwritev), deepspeed (its asynchronous handle), gds (GPUDirect)",
+            "help": "file engine: threads (preadv and pwritev), deepspeed (its asynchronous handle), gds "
+            "(GPUDirect: for device memory; records pass through host memory, where it is like threads)",
             "choices": ("threads", "deepspeed", "gds"),
         },
     )
@@ -217,5 +218,5 @@ class OffloadConfig:
         changes = {name: value for name, value in given.items() if value != "auto"}
         changes |= {"device_share": self.device_share} if self.device_share >= 0 else {}
         changes |= {"cache": self.cache} if self.cache >= 0 else {}
-        changes |= {"window": self.window} if self.window >= 0 else {}
+        changes |= {"window": self.window} if self.window > 0 else {}
         return replace(policy, **changes)

@@ -58,6 +58,12 @@ class Unit:
     def release(self) -> None:
         """Let go of the whole unit; resident units stay bound."""
         self.residency.release()
+        if self._bound is not None and self.residency.transient and self._bound.device.type != "cpu":
+            # Off the CPU a released buffer is freed, which the parameters' views of it would prevent.
+            nothing = self._bound.new_empty(0)
+            for parameter in self.parameters:
+                parameter.data = nothing
+            self._bound = None
 
     def trainable(self) -> Iterator[tuple[ParameterPlan, nn.Parameter]]:
         if self.reducer is not None:

@@ -314,7 +314,8 @@ class ParametersInRecord:
         return part[: numel * size].view(self._dtype)
 
     def fill(self, fill: Fill) -> None:
-        for first, numel in self._parts if not self._machine.adopted else []:
+        there = self._machine.adopted and self._machine.store.on_file(self._key)
+        for first, numel in self._parts if not there else []:
             fill_range(self._plan, fill, self._elements(first, numel, write=True), self._low + first)
         self.refresh()
 

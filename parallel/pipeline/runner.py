@@ -24,7 +24,7 @@ from windlass.parallel.pipeline.vocabulary_passes import VocabularyPasses
 from windlass.parallel.unit import Unit
 from windlass.parallel.walk import Walk
 
-BEFORE_GATHER = 2  # parts of the model that one stage ahead counts as: fetched, but not gathered yet
+BEFORE_GATHER = 1  # parts of the model that one stage ahead counts as: fetched, but not gathered yet
 BACKWARD = ("B", "W")  # after these a stage's gradients of a micro-batch are whole
 
 

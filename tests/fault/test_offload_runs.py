@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -159,3 +160,16 @@ def test_a_misspelt_folder_is_named_and_never_made(runs: Runs) -> None:
     assert code == 2, text
     assert "nvmee" in text and "did you mean" in text
     assert not wrong.exists()
+
+
+def test_what_the_drives_hold_is_not_written_over_by_records_cut_otherwise_nor_taken_for_another_past(
+    runs: Runs,
+) -> None:
+    code, text = runs.train("past", fault="kill:nvme.write:step=63")
+    assert code != 0, text
+    code, text = runs.train("past", "offload.chunk=2048")
+    assert code == 7 and "offload.chunk" in text and "holds step" in text, text
+    shutil.rmtree(runs.folder / "past")
+    code, text = runs.train("past")
+    assert code == 0, text
+    assert not runs.events("past", "resume") and min(runs.losses("past")) == 1

@@ -95,10 +95,8 @@ def build(
     )
     machine = None
     if plan is not None:
-        drives = Drives(list(folders), list(given.shares), identity=identity, rank=comm.rank)
-        machine = OffloadMachine(
-            plan, config, device=device, ledger=ledger, tracer=tracer, drives=drives, warn=warn, resume=resume
-        )
+        drives = Drives(list(folders), list(given.shares), identity=identity, rank=comm.rank, resume=resume)
+        machine = OffloadMachine(plan, config, device=device, ledger=ledger, tracer=tracer, drives=drives, warn=warn)
     try:
         engine = Engine(
             model,

@@ -108,12 +108,17 @@ class FakeRun:
         self.device = SimpleNamespace(peak_bytes=lambda: 50, total_bytes=lambda: 100)
         self.flops_per_token, self.peak_flops, self.bytes_per_token = 6.0, 0.0, 2.0
         self.saves: list[tuple[int, int]] = []
+        self.commits: list[int] = []
+        self.offload = SimpleNamespace(finished=False)
         self.disk_full = False
         self.traffic = 0
 
     def comm_bytes(self) -> int:
         self.traffic += 10
         return self.traffic
+
+    def commit_step(self, step: int, tokens: int) -> None:
+        self.commits.append(step)
 
     def save(self, step: int, tokens: int) -> SaveReport:
         self.saves.append((step, tokens))
@@ -281,3 +286,18 @@ def test_what_every_rank_sees_is_told_by_rank_0_only(tmp_path: Path) -> None:
 def test_bits_per_byte_is_unknown_without_text() -> None:
     assert bits_per_byte(1.0, 0.0) is None
     assert bits_per_byte(2 * 0.6931471805599453, 2.0) == pytest.approx(1.0)
+
+
+def test_a_run_whose_last_step_was_found_on_the_drives_only_is_saved_and_then_they_may_forget_it(
+    tmp_path: Path,
+) -> None:
+    run = FakeRun(tmp_path, steps=4, start=4)
+    run.progress = Progress(4, 16, 400, "state on nvme", on_drives=True)
+    Trainer(run).train()  # type: ignore[arg-type]
+    assert run.saves == [(4, 400)] and run.commits == [] and run.offload.finished
+
+
+def test_every_step_is_committed_and_what_was_not_saved_stays_on_the_drives(tmp_path: Path) -> None:
+    run = FakeRun(tmp_path, checkpoint=CheckpointConfig(at_end=False))
+    Trainer(run).train()  # type: ignore[arg-type]
+    assert run.commits == [1, 2, 3, 4] and run.saves == [] and not run.offload.finished
