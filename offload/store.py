@@ -191,7 +191,7 @@ class TensorStore:
     ) -> Future[None]:
         """Make what the lease holds once `after` is done the record's next version, staged where it has two slots.
 
-        `keep`: it stays in host memory instead of being written, until the next fetch or `flush`.
+        `keep`: it stays in host memory instead of being written, until the next fetch.
         """
         record = self._record(key)
         waits = [fetched, *after]
@@ -336,16 +336,6 @@ class TensorStore:
         """Forget what was put since the last commit."""
         for record in self._records.values():
             record.staged = False
-
-    def flush(self) -> Future[None]:
-        """Write the records that are kept in host memory."""
-        writes = []
-        for record in self._records.values():
-            if record.kept is not None:
-                lease, record.kept = record.kept, None
-                self._leased[record.key] = lease
-                writes.append(self.put(record.key, self._lanes.done(lease)))
-        return self._lanes.all(writes)
 
     @property
     def kept(self) -> list[str]:

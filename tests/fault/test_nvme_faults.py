@@ -23,16 +23,26 @@ from windlass.offload.nvme import StateFile
 KEYS = ("embed", "blocks.0", "blocks.1", "head")
 EXTENTS = tuple(Extent(key, (n + 1) * 64 * PAGE, 2) for n, key in enumerate(KEYS))
 STEPS = 6
-FORK = multiprocessing.get_context("fork")
+# Forked from a clean process: torch's threads of other tests in this one would be missing in its children.
+SERVER = multiprocessing.get_context("forkserver")
+SERVER.set_forkserver_preload(["torch", "windlass.offload.nvme"])
 
 
-def child(work: Callable[[Connection], None]) -> tuple[multiprocessing.process.BaseProcess, Connection]:
+def child(
+    work: Callable[[Path, Connection], None], folder: Path, fault: str = ""
+) -> tuple[multiprocessing.process.BaseProcess, Connection]:
     """Run `work` in a child process; it is given the other end of the connection that is returned."""
-    ours, theirs = FORK.Pipe()
-    process = FORK.Process(target=work, args=(theirs,), daemon=True)
+    ours, theirs = SERVER.Pipe()
+    process = SERVER.Process(target=_with_fault, args=(work, folder, theirs, fault), daemon=True)
     process.start()
     theirs.close()
     return process, ours
+
+
+def _with_fault(work: Callable[[Path, Connection], None], folder: Path, talk: Connection, fault: str) -> None:
+    if fault:
+        os.environ["WINDLASS_FAULT"] = fault
+    work(folder, talk)
 
 
 def content(key: str, step: int) -> torch.Tensor:
@@ -85,33 +95,25 @@ def survives(folder: Path, told: int) -> None:
 
 
 @pytest.mark.parametrize("count", random.Random(4).sample(range(1, STEPS * len(KEYS) + 1), 6))
-def test_a_process_killed_at_any_write_leaves_its_last_commit_whole(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, count: int
-) -> None:
-    monkeypatch.setenv("WINDLASS_FAULT", f"kill:nvme.write:step={count}")
-    process, talk = child(lambda talk: train(tmp_path, talk))
+def test_a_process_killed_at_any_write_leaves_its_last_commit_whole(tmp_path: Path, count: int) -> None:
+    process, talk = child(train, tmp_path, f"kill:nvme.write:step={count}")
     told = last_told(talk)
     process.join()
     assert process.exitcode == -signal.SIGKILL and told == (count - 1) // len(KEYS)
-    monkeypatch.delenv("WINDLASS_FAULT")
     survives(tmp_path, told)
 
 
 @pytest.mark.parametrize("step", [1, 4])
-def test_a_process_killed_at_a_commit_leaves_the_one_before(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int
-) -> None:
-    monkeypatch.setenv("WINDLASS_FAULT", f"kill:nvme.commit:step={step}")
-    process, talk = child(lambda talk: train(tmp_path, talk))
+def test_a_process_killed_at_a_commit_leaves_the_one_before(tmp_path: Path, step: int) -> None:
+    process, talk = child(train, tmp_path, f"kill:nvme.commit:step={step}")
     assert last_told(talk) == step - 1
     process.join()
-    monkeypatch.delenv("WINDLASS_FAULT")
     survives(tmp_path, step - 1)
 
 
 @pytest.mark.parametrize("step", [1, 2, 5])
 def test_a_process_killed_at_no_particular_moment_leaves_its_last_commit_whole(tmp_path: Path, step: int) -> None:
-    process, talk = child(lambda talk: train(tmp_path, talk))
+    process, talk = child(train, tmp_path)
     while talk.recv() < step:
         continue
     process.kill()
@@ -120,20 +122,21 @@ def test_a_process_killed_at_no_particular_moment_leaves_its_last_commit_whole(t
     survives(tmp_path, told)
 
 
-def test_a_limit_on_file_sizes_gives_a_true_short_write_and_an_error_that_names_it(tmp_path: Path) -> None:
-    def work(talk: Connection) -> None:
-        with Drive(tmp_path) as drive:
-            file = drive.create([Extent("k", 2 << 20)])
-            resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, resource.RLIM_INFINITY))
-            try:
-                file.write("k", 0, 0, pages(512))
-            except OffloadError as error:
-                talk.send(str(error))
-            resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+def write_under_a_limit(folder: Path, talk: Connection) -> None:
+    with Drive(folder) as drive:
+        file = drive.create([Extent("k", 2 << 20)])
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, resource.RLIM_INFINITY))
+        try:
             file.write("k", 0, 0, pages(512))
-            talk.send(torch.equal(read(file, "k", 0, 512), pages(512)))
+        except OffloadError as error:
+            talk.send(str(error))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+        file.write("k", 0, 0, pages(512))
+        talk.send(torch.equal(read(file, "k", 0, 512), pages(512)))
 
-    process, talk = child(work)
+
+def test_a_limit_on_file_sizes_gives_a_true_short_write_and_an_error_that_names_it(tmp_path: Path) -> None:
+    process, talk = child(write_under_a_limit, tmp_path)
     message = talk.recv()
     assert "write of 'k' slot 0 bytes 0..2097152" in message and "File too large after 1048576 of 2097152" in message
     assert "ulimit -f unlimited" in message
@@ -141,29 +144,31 @@ def test_a_limit_on_file_sizes_gives_a_true_short_write_and_an_error_that_names_
     process.join()
 
 
-def test_a_file_too_large_for_the_system_is_refused_when_it_is_made(tmp_path: Path) -> None:
-    def work(talk: Connection) -> None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, resource.RLIM_INFINITY))
-        with Drive(tmp_path) as drive:
-            try:
-                drive.create([Extent("k", 2 << 20)])
-            except OffloadError as error:
-                talk.send(str(error))
+def make_under_a_limit(folder: Path, talk: Connection) -> None:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, resource.RLIM_INFINITY))
+    with Drive(folder) as drive:
+        try:
+            drive.create([Extent("k", 2 << 20)])
+        except OffloadError as error:
+            talk.send(str(error))
 
-    process, talk = child(work)
+
+def test_a_file_too_large_for_the_system_is_refused_when_it_is_made(tmp_path: Path) -> None:
+    process, talk = child(make_under_a_limit, tmp_path)
     assert "making" in (message := talk.recv()) and "ulimit -f unlimited" in message
     process.join()
     assert not list(tmp_path.iterdir())
 
 
-def test_two_processes_do_not_share_a_folder_and_a_dead_one_leaves_it_free(tmp_path: Path) -> None:
-    def work(talk: Connection) -> None:
-        with Drive(tmp_path) as drive:
-            drive.create().write("a", 0, 0, pages(3))
-            talk.send(os.getpid())
-            talk.recv()
+def hold(folder: Path, talk: Connection) -> None:
+    with Drive(folder) as drive:
+        drive.create().write("a", 0, 0, pages(3))
+        talk.send(os.getpid())
+        talk.recv()
 
-    process, talk = child(work)
+
+def test_two_processes_do_not_share_a_folder_and_a_dead_one_leaves_it_free(tmp_path: Path) -> None:
+    process, talk = child(hold, tmp_path)
     pid = talk.recv()
     with Drive(tmp_path) as drive:
         for call in (drive.create, drive.reopen):
