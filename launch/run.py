@@ -252,9 +252,9 @@ def build_run(config: JobConfig, env: ProcessEnv) -> Run:
             if offload is not None:
                 stack.enter_context(offload)
             on_drives = adopt_newest(offload, comm.world, saved_step)
-            if on_drives is None:
+            if on_drives is None and (timeline or plan.offload is not None):
                 timeline = begin_timeline(folder, comm.world)
-            else:
+            elif on_drives is not None:
                 check_order(on_drives.extra, inputs.identity, "state on nvme")
                 checkpoint = None
         with clock.phase("engine"):
