@@ -5,9 +5,9 @@ from __future__ import annotations
 import errno
 import os
 import shutil
-import time
 from collections import namedtuple
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -39,16 +39,22 @@ def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, 
     return int(left.value.code or 0), out.out, out.err
 
 
-def test_the_rate_of_a_figure_is_that_of_all_its_steps_together_with_what_completes_them() -> None:
+def test_the_rate_of_a_figure_is_that_of_all_its_steps_together_with_what_completes_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    clock = [0.0]
+    monkeypatch.setattr(measuring, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
+
+    def takes(seconds: float) -> None:
+        clock[0] += seconds
+
     def step(_: int) -> float:
-        time.sleep(0.01)
+        takes(0.5)
         return 1.0
 
-    alone, two = Figure("one", "x/s", [step]), Figure("two", "x/s", [step, step])
-    assert 50 < alone.sample(0.1) <= 100
-    assert 100 < two.sample(0.1) <= 200
-    slow = Figure("flushed", "x/s", [step], finish=lambda: time.sleep(0.1))
-    assert slow.sample(0.1) < 60
+    assert Figure("one", "x/s", [step]).sample(2.0) == 2.0, "four steps in two seconds"
+    once: list[Any] = [lambda _: 3.0, lambda _: 5.0]
+    assert Figure("two", "x/s", once, finish=lambda: takes(4.0)).sample(0.0) == 2.0, "eight units, completed in four"
 
 
 def test_a_machine_is_measured_without_a_trace_on_its_drives(tmp_path: Path, small: None) -> None:

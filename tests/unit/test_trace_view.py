@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import random
-import time
 import xml.etree.ElementTree as ET
 from pathlib import Path
 
 import pytest
 
+from tests.waiting import until
 from windlass.dist.errors import ConfigError
 from windlass.dist.trace import Event, Tracer
 from windlass.launch import cli
@@ -119,14 +119,16 @@ def test_what_lanes_record_is_read_back(tmp_path: Path) -> None:
     tracer = Tracer(enabled=True)
     lanes = Lanes(tracer)
     with tracer.span("step 1", "step"):
-        task = lanes.submit("file read", lambda: time.sleep(0.05), num_bytes=1 << 20, label="read blocks.3")
+        task = lanes.submit(
+            "file read", lambda: until(lambda: bool(lanes._waiters)), num_bytes=1 << 20, label="read blocks.3"
+        )
         lanes.wait(task, "parameters of blocks.3")
     lanes.close()
     path = tmp_path / "timeline_rank0_step1.json.gz"
     tracer.write_chrome(path, 0)
     (view,) = view_traces(path)
     use, wait = view.lane("file read"), view.waits[0]
-    assert use.num_bytes == 1 << 20 and use.stalled_s > 0.03 and use.exposed_s == use.busy_s
+    assert use.num_bytes == 1 << 20 and use.stalled_s > 0 and use.exposed_s == use.busy_s
     assert (wait.what, wait.lane, wait.task) == ("parameters of blocks.3", "file read", wait.task)
     assert "read blocks.3" in wait.task
 
