@@ -9,6 +9,8 @@ import math
 from collections.abc import Iterator, Sequence
 from html import escape
 
+from windlass.dist.svg import axis, ink, rect, time_unit
+from windlass.dist.svg import text as svg_text
 from windlass.offload.program import LANES
 from windlass.offload.simulate import Span
 
@@ -81,21 +83,21 @@ def svg(spans: Sequence[Span], title: str) -> str:
     y = float(TOP)
     for lane in ordered_lanes(spans):
         own = sorted((s for s in spans if s.lane == lane), key=lambda s: (s.start_s, s.end_s))
-        parts.append(_rect(LEFT, y, WIDTH, ROW, "#f1f3f5"))
-        parts.append(_text(LEFT - 8, y + ROW / 2 + 4, lane, "end", "#333"))
+        parts.append(rect(LEFT, y, WIDTH, ROW, "#f1f3f5"))
+        parts.append(svg_text(LEFT - 8, y + ROW / 2 + 4, lane, "end", "#333"))
         parts += _boxes(own, y, first, scale)
         busy = busy_s(own, lane)
         facts = f"busy {busy / total:.1%}, idle {_seconds(total - busy)}"
-        parts.append(_text(LEFT + WIDTH + 10, y + ROW / 2 + 4, facts, "start", "#333"))
+        parts.append(svg_text(LEFT + WIDTH + 10, y + ROW / 2 + 4, facts, "start", "#333"))
         y += ROW + GAP
-    parts += _axis(total, scale, y)
+    parts += axis(total, scale, LEFT, y)
     whole, tall = LEFT + WIDTH + RIGHT, math.ceil(y + 32)
     head = (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {whole} {tall}" width="{whole}" height="{tall}" '
         f'font-family="{CSS}" font-size="11">'
     )
     caption = f'<text x="{LEFT}" y="24" font-size="15" font-weight="600" fill="#222">{escape(title)}</text>'
-    return "\n".join([head, _rect(0, 0, whole, tall, "#ffffff"), caption, *parts, "</svg>"]) + "\n"
+    return "\n".join([head, rect(0, 0, whole, tall, "#ffffff"), caption, *parts, "</svg>"]) + "\n"
 
 
 def _boxes(spans: Sequence[Span], y: float, first: float, scale: float) -> Iterator[str]:
@@ -107,7 +109,7 @@ def _boxes(spans: Sequence[Span], y: float, first: float, scale: float) -> Itera
             f'stroke="#fff" stroke-width="{min(0.8, width / 6):.2f}"><title>{escape(tip)}</title></rect>'
         )
         if width >= LETTER * len(label) + 4:
-            yield _text(x + width / 2, y + ROW / 2 + 4, label, "middle", _ink(colour))
+            yield svg_text(x + width / 2, y + ROW / 2 + 4, label, "middle", ink(colour))
 
 
 def _joined(spans: Sequence[Span], scale: float) -> Iterator[tuple[float, float, str, str]]:
@@ -125,20 +127,6 @@ def _joined(spans: Sequence[Span], scale: float) -> Iterator[tuple[float, float,
         yield start, end, label if count == 1 else f"{label} and {count - 1} more", colour
 
 
-def _axis(total: float, scale: float, y: float) -> Iterator[str]:
-    """Draw ticks at round times."""
-    factor, name = _unit(total)
-    rough = total * factor / max(total * scale / 90, 1.0)
-    power = 10.0 ** math.floor(math.log10(rough))
-    step = next(power * s for s in (1, 2, 5, 10) if power * s >= rough)
-    yield f'<line x1="{LEFT}" x2="{LEFT + total * scale:.2f}" y1="{y:.1f}" y2="{y:.1f}" stroke="#888"/>'
-    for i in range(int(total * factor / step * (1 + 1e-9)) + 1):
-        x = LEFT + i * step / factor * scale
-        yield f'<line x1="{x:.2f}" x2="{x:.2f}" y1="{y:.1f}" y2="{y + 4:.1f}" stroke="#888"/>'
-        yield _text(x, y + 16, f"{i * step:g}", "middle", "#555")
-    yield _text(LEFT + total * scale + 10, y + 16, name, "start", "#555")
-
-
 def _window(spans: Sequence[Span]) -> tuple[float, float]:
     return min((s.start_s for s in spans), default=0.0), max((s.end_s for s in spans), default=0.0)
 
@@ -154,24 +142,6 @@ def _colour(span: Span) -> str:
     return COLOURS.get(_kind(span.lane), OTHER)
 
 
-def _unit(total: float) -> tuple[float, str]:
-    return (1.0, "s") if total >= 1 else (1e3, "ms") if total >= 1e-3 else (1e6, "µs")
-
-
 def _seconds(value: float) -> str:
-    factor, name = _unit(value)
+    factor, name = time_unit(value)
     return f"{value * factor:.3g} {name}"
-
-
-def _rect(x: float, y: float, width: float, height: float, colour: str) -> str:
-    return f'<rect x="{x:.1f}" y="{y:.1f}" width="{width:.1f}" height="{height:.1f}" fill="{colour}"/>'
-
-
-def _text(x: float, y: float, words: str, anchor: str, colour: str) -> str:
-    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" fill="{colour}">{escape(words)}</text>'
-
-
-def _ink(colour: str) -> str:
-    """Return black or white, whichever can be read on the colour."""
-    red, green, blue = (int(colour[i : i + 2], 16) for i in (1, 3, 5))
-    return "#1d1d1d" if 0.299 * red + 0.587 * green + 0.114 * blue > 150 else "#ffffff"

@@ -11,6 +11,8 @@ from html import escape
 from pathlib import Path
 
 from windlass.dist.errors import PlanError
+from windlass.dist.svg import axis, channels, ink, rect
+from windlass.dist.svg import text as svg_text
 from windlass.dist.trace import Event, read_chrome
 from windlass.parallel.pipeline.action import KINDS, LANES, Action
 from windlass.parallel.pipeline.timeline import Span, Timeline, without_waits
@@ -102,15 +104,15 @@ def svg(timeline: Timeline, title: str, unit: str = "") -> str:
     for rank, lanes in enumerate(timeline.spans):
         strips = [(lane, rows) for lane in LANES[1:] for rows in _strips(lanes[lane], scale)]
         height = BOX + STRIP * len(strips)
-        parts.append(_rect(LEFT, y, width, BOX, "#f1f3f5"))
-        parts.append(_text(LEFT - 8, y + BOX / 2 + 4, f"rank {rank}", "end", "#333"))
+        parts.append(rect(LEFT, y, width, BOX, "#f1f3f5"))
+        parts.append(svg_text(LEFT - 8, y + BOX / 2 + 4, f"rank {rank}", "end", "#333"))
         parts += _boxes(lanes["compute"], y, scale)
         for i, (lane, spans) in enumerate(strips):
             top = y + BOX + STRIP * i + 1
             parts += (_box(s, top, STRIP - 1, scale, STRIP_COLOURS[lane], f"strip {lane}") for s in spans)
-        parts.append(_text(LEFT + width + 10, y + BOX / 2 + 4, _facts(timeline, rank), "start", "#333"))
+        parts.append(svg_text(LEFT + width + 10, y + BOX / 2 + 4, _facts(timeline, rank), "start", "#333"))
         y += height + ROW_GAP
-    parts += _axis(total, scale, y, unit)
+    parts += axis(total, scale, LEFT, y, unit)
     whole = math.ceil(LEFT + width + RIGHT)
     legend, y = _legend(timeline, y + 46, whole)
     parts += legend
@@ -119,7 +121,7 @@ def svg(timeline: Timeline, title: str, unit: str = "") -> str:
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {whole} {tall}" width="{whole}" '
         f'height="{tall}" font-family="system-ui, -apple-system, Segoe UI, sans-serif" font-size="11">'
     )
-    background = _rect(0, 0, whole, tall, "#ffffff")
+    background = rect(0, 0, whole, tall, "#ffffff")
     caption = f'<text x="{LEFT}" y="24" font-size="15" font-weight="600" fill="#222">{escape(title)}</text>'
     return "\n".join([head, background, caption, *parts, "</svg>"]) + "\n"
 
@@ -134,7 +136,7 @@ def _boxes(spans: Sequence[Span], y: float, scale: float) -> Iterator[str]:
         width, label = (span.end_s - span.start_s) * scale, str(span.action.number)
         if width >= MIN_LABEL * len(label) + 2:
             middle = LEFT + (span.start_s + span.end_s) / 2 * scale
-            yield _text(middle, y + BOX / 2 + 4, label, "middle", _ink(colour))
+            yield svg_text(middle, y + BOX / 2 + 4, label, "middle", ink(colour))
 
 
 def _strips(spans: Sequence[Span], scale: float) -> list[list[Span]]:
@@ -157,20 +159,6 @@ def _facts(timeline: Timeline, rank: int) -> str:
     return f"{facts} · {size / 2**30:.1f} GiB" if size >= 2**20 else facts
 
 
-def _axis(total: float, scale: float, y: float, unit: str) -> Iterator[str]:
-    """Draw ticks at round times."""
-    factor, name = (1.0, unit) if unit else (1.0, "s") if total >= 1 else (1e3, "ms") if total >= 1e-3 else (1e6, "µs")
-    rough = total * factor / max(total * scale / 90, 1.0)
-    power = 10.0 ** math.floor(math.log10(rough))
-    step = next(power * s for s in (1, 2, 5, 10) if power * s >= rough)
-    yield f'<line x1="{LEFT}" x2="{LEFT + total * scale:.2f}" y1="{y:.1f}" y2="{y:.1f}" stroke="#888"/>'
-    for i in range(int(total * factor / step * (1 + 1e-9)) + 1):
-        x = LEFT + i * step / factor * scale
-        yield f'<line x1="{x:.2f}" x2="{x:.2f}" y1="{y:.1f}" y2="{y + 4:.1f}" stroke="#888"/>'
-        yield _text(x, y + 16, f"{i * step:g}", "middle", "#555")
-    yield _text(LEFT + total * scale + 10, y + 16, name, "start", "#555")
-
-
 def _legend(timeline: Timeline, y: float, width: float) -> tuple[list[str], float]:
     """Explain the colours that occur, in as many lines as it takes; return them and where they end."""
     kinds = {s.action.kind for lanes in timeline.spans for s in lanes["compute"]}
@@ -185,8 +173,8 @@ def _legend(timeline: Timeline, y: float, width: float) -> tuple[list[str], floa
         if x > LEFT and x + advance > width:
             x, y = float(LEFT), y + 18
         if colour:
-            parts.append(_rect(x, y - 4 - height / 2, 12, height, colour))
-        parts.append(_text(x + (17 if colour else 0), y, text, "start", "#333"))
+            parts.append(rect(x, y - 4 - height / 2, 12, height, colour))
+        parts.append(svg_text(x + (17 if colour else 0), y, text, "start", "#333"))
         x += advance
     return parts, y
 
@@ -200,26 +188,8 @@ def _box(span: Span, y: float, height: float, scale: float, colour: str, what: s
     )
 
 
-def _rect(x: float, y: float, width: float, height: float, colour: str) -> str:
-    return f'<rect x="{x:.1f}" y="{y:.1f}" width="{width:.1f}" height="{height:.1f}" fill="{colour}"/>'
-
-
-def _text(x: float, y: float, text: str, anchor: str, colour: str) -> str:
-    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" fill="{colour}">{escape(text)}</text>'
-
-
-def _channels(colour: str) -> list[int]:
-    return [int(colour[i : i + 2], 16) for i in (1, 3, 5)]
-
-
 def _mix(colour: str, white: float) -> str:
-    return "#" + "".join(f"{round(c + (255 - c) * white):02x}" for c in _channels(colour))
-
-
-def _ink(colour: str) -> str:
-    """Return black or white, whichever can be read on the colour."""
-    red, green, blue = _channels(colour)
-    return "#1d1d1d" if 0.299 * red + 0.587 * green + 0.114 * blue > 150 else "#ffffff"
+    return "#" + "".join(f"{round(c + (255 - c) * white):02x}" for c in channels(colour))
 
 
 # -- measured ----------------------------------------------------------------------------------------------------------
