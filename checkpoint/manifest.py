@@ -1,7 +1,8 @@
 """What a checkpoint folder holds, as plain data: tensors, their pieces, files, checksums and the caller's facts.
 
 `manifest.json` is written last and carries a checksum of itself, so its presence means that everything it names was
-durable before. Our reader needs nothing else and never unpickles. Must not know: bulk I/O, process groups, models.
+durable before. Our reader needs nothing else and never unpickles. Formats are names such as "float32".
+Must not know: torch, bulk I/O, process groups, models.
 """
 
 from __future__ import annotations
@@ -10,9 +11,9 @@ import json
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 import xxhash
 
+from windlass.checkpoint.storage import Files, Place, files_of, read_file
 from windlass.dist.box import Box, Shape
 from windlass.dist.errors import CheckpointError
 
@@ -38,7 +39,7 @@ class StoredTensor:
     """One global tensor and the pieces that tile it (none if it has no elements)."""
 
     shape: Shape
-    dtype: torch.dtype
+    dtype: str
     pieces: tuple[StoredPiece, ...]
 
 
@@ -60,10 +61,17 @@ class Manifest:
     tensors: dict[str, StoredTensor]
     files: dict[str, StoredFile]
     extra: dict[str, Any] = field(default_factory=dict)
+    seal: str = field(default="", compare=False)  # of the document this was parsed from: tells namesakes apart
 
     @property
     def num_bytes(self) -> int:
         return sum(f.num_bytes for f in self.files.values())
+
+    @property
+    def generation(self) -> int:
+        """Return which start of the job's workers wrote this; 0 where starts are not counted."""
+        found = self.extra.get("generation", 0)
+        return found if isinstance(found, int) else 0
 
     def pieces_of_file(self, file: str) -> list[tuple[str, StoredPiece]]:
         """Return (tensor key, piece) of everything stored in one file, by offset."""
@@ -111,20 +119,20 @@ class Manifest:
             tensors={key: _tensor_from_json(value) for key, value in body["tensors"].items()},
             files={name: StoredFile(value["bytes"], value["xxh3"]) for name, value in body["files"].items()},
             extra=body["extra"],
+            seal=body["xxh3"],
         )
 
 
-def dtype_name(dtype: torch.dtype) -> str:
-    """Return 'float32' for torch.float32."""
-    return str(dtype).removeprefix("torch.")
-
-
-def dtype_of(name: str) -> torch.dtype:
-    """Return torch.float32 for 'float32'. Raises: CheckpointError if this torch has no such dtype."""
-    found = getattr(torch, name, None)
-    if not isinstance(found, torch.dtype):
-        raise CheckpointError(f"a tensor of the checkpoint has dtype '{name}', which torch {torch.__version__} lacks")
-    return found
+def read_manifest(checkpoint: Place | Files) -> Manifest:
+    """Read the manifest of a checkpoint. Raises: CheckpointError if it is missing or damaged."""
+    files = files_of(checkpoint)
+    try:
+        data = read_file(files, MANIFEST_NAME)
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise CheckpointError(f"{files.place} is not a complete checkpoint: it has no {MANIFEST_NAME}") from error
+    except OSError as error:
+        raise CheckpointError(f"{files.place}/{MANIFEST_NAME} cannot be read: {error.strerror}") from error
+    return Manifest.parse(data, f"{files.place}/{MANIFEST_NAME}")
 
 
 def readable_bytes(num_bytes: float) -> str:
@@ -150,7 +158,7 @@ def _by_line(values: dict[str, Any]) -> str:
 def _tensor_json(tensor: StoredTensor) -> dict[str, Any]:
     return {
         "shape": tensor.shape,
-        "dtype": dtype_name(tensor.dtype),
+        "dtype": tensor.dtype,
         "pieces": [
             {
                 "file": p.file,
@@ -169,4 +177,4 @@ def _tensor_from_json(value: dict[str, Any]) -> StoredTensor:
         StoredPiece(p["file"], p["offset"], p["bytes"], Box(tuple(p["box"][0]), tuple(p["box"][1])), p["xxh3"])
         for p in value["pieces"]
     )
-    return StoredTensor(tuple(value["shape"]), dtype_of(value["dtype"]), pieces)
+    return StoredTensor(tuple(value["shape"]), value["dtype"], pieces)

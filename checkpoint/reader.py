@@ -1,23 +1,24 @@
-"""Bulk input: fills pieces in memory from the raw bytes a manifest points to, and hashes files.
+"""Bulk input: fills pieces in memory from the raw bytes a manifest points to.
 
-Reads with pread into one small reused buffer: neighbouring pieces in one call, large ones in chunks that stay in the
-processor's cache while they are hashed and copied. Never unpickles. Must not know: other ranks, models, stages.
+Reads at offsets into one small reused buffer: neighbouring pieces in one call, large ones in chunks that stay in the
+processor's cache while they are hashed and copied. Never unpickles.
+Must not know: where files lie, other ranks, models, stages.
 """
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from types import TracebackType
 
 import torch
 import xxhash
 
 from windlass.checkpoint.cover import PieceIndex, flat_span
-from windlass.checkpoint.manifest import MANIFEST_NAME, Manifest, StoredPiece
+from windlass.checkpoint.manifest import Manifest, StoredPiece
+from windlass.checkpoint.manifest import read_manifest as read_manifest
+from windlass.checkpoint.storage import Files, Place, RandomAccess, files_of
 from windlass.dist.box import Box, boxes_of_range
 from windlass.dist.errors import CheckpointError
 from windlass.dist.state import Piece
@@ -26,34 +27,23 @@ BUFFER_BYTES = 4 << 20
 GAP_BYTES = 64 << 10  # reading over a gap of this size is cheaper than a second call
 
 
-def read_manifest(folder: Path) -> Manifest:
-    """Read the manifest of a checkpoint folder. Raises: CheckpointError if it is missing or damaged."""
-    path = folder / MANIFEST_NAME
-    try:
-        data = path.read_bytes()
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{folder} is not a complete checkpoint: it has no {MANIFEST_NAME}") from error
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
-    return Manifest.parse(data, str(path))
-
-
-def read_tensor(folder: Path, key: str) -> torch.Tensor:
+def read_tensor(checkpoint: Place | Files, key: str) -> torch.Tensor:
     """Return one whole tensor of a checkpoint, verified, on the CPU in its stored dtype."""
-    with CheckpointReader(folder) as reader:
+    with CheckpointReader(checkpoint) as reader:
         return reader.read(key)
 
 
-def file_hash(path: Path, progress: Callable[[int], None] | None = None) -> str:
-    """Return the xxh3 of a whole file, reading it once from front to back; `progress` hears the bytes of each part."""
-    hasher = xxhash.xxh3_64()
-    buffer = memoryview(bytearray(BUFFER_BYTES))
-    with open(path, "rb", buffering=0) as file:
-        while count := file.readinto(buffer):
-            hasher.update(buffer[:count])
-            if progress is not None:
-                progress(count)
-    return hasher.hexdigest()
+def dtype_name(dtype: torch.dtype) -> str:
+    """Return 'float32' for torch.float32."""
+    return str(dtype).removeprefix("torch.")
+
+
+def dtype_of(name: str) -> torch.dtype:
+    """Return torch.float32 for 'float32'. Raises: CheckpointError if this torch has no such dtype."""
+    found = getattr(torch, name, None)
+    if not isinstance(found, torch.dtype):
+        raise CheckpointError(f"a tensor of the checkpoint has dtype '{name}', which torch {torch.__version__} lacks")
+    return found
 
 
 @dataclass
@@ -91,9 +81,9 @@ class _Read:
 class CheckpointReader:
     """An open checkpoint. With `verify`, every stored piece it touches is read whole and checked against its xxh3."""
 
-    def __init__(self, folder: Path, manifest: Manifest | None = None, *, verify: bool = True) -> None:
-        self.folder = folder
-        self.manifest = manifest if manifest is not None else read_manifest(folder)
+    def __init__(self, checkpoint: Place | Files, manifest: Manifest | None = None, *, verify: bool = True) -> None:
+        self.files = files_of(checkpoint)
+        self.manifest = manifest if manifest is not None else read_manifest(self.files)
         self.verify = verify
         self._indexes: dict[str, PieceIndex] = {}
         self._bytes = memoryview(bytearray(BUFFER_BYTES))
@@ -110,8 +100,8 @@ class CheckpointReader:
         """Return one whole tensor."""
         stored = self.manifest.tensors.get(key)
         if stored is None:
-            raise CheckpointError(f"checkpoint {self.folder} has no tensor '{key}'")
-        out = torch.empty(stored.shape, dtype=stored.dtype)
+            raise CheckpointError(f"checkpoint {self.files.place} has no tensor '{key}'")
+        out = torch.empty(stored.shape, dtype=dtype_of(stored.dtype))
         self.fill([Piece(key, stored.shape, Box.whole(stored.shape), out)])
         return out
 
@@ -140,13 +130,13 @@ class CheckpointReader:
             found = 0
             for number, common in self._indexes[piece.key].meeting(piece.box):
                 stored = tensor.pieces[number]
-                read = reads.setdefault((piece.key, number), _Read(stored, piece.key, tensor.dtype))
+                read = reads.setdefault((piece.key, number), _Read(stored, piece.key, dtype_of(tensor.dtype)))
                 read.targets.append((piece, common))
                 found += common.numel
             if found != piece.box.numel:
                 raise CheckpointError(
-                    f"checkpoint {self.folder}: tensor '{piece.key}' holds {found} of the {piece.box.numel} elements "
-                    f"of the block at {list(piece.box.offsets)}"
+                    f"checkpoint {self.files.place}: tensor '{piece.key}' holds {found} of the {piece.box.numel} "
+                    f"elements of the block at {list(piece.box.offsets)}"
                 )
         for read in reads.values():
             read.first, read.last = 0, read.stored.box.numel
@@ -156,63 +146,45 @@ class CheckpointReader:
         return reads.values()
 
     def _fill_from(self, name: str, reads: list[_Read]) -> int:
-        path, total = self.folder / name, 0
-        with _opened(path) as file:
+        place, total = f"{self.files.place}/{name}", 0
+        with _opened(self.files, name) as file:
             for run in _runs(reads):
                 begin, end = run[0].begin, run[-1].end
                 total += end - begin
                 if end - begin <= BUFFER_BYTES:
-                    self._pread(file, begin, end - begin, path)
+                    self._read_at(file, begin, end - begin, place)
                     for read in run:
                         low, high = read.begin - begin, read.end - begin
-                        self._check(read, xxhash.xxh3_64_hexdigest(self._bytes[low:high]))
+                        if self.verify:
+                            self._check(read, xxhash.xxh3_64_hexdigest(self._bytes[low:high]))
                         read.scatter(read.first, torch.frombuffer(self._bytes[low:high], dtype=read.dtype))
                 else:
-                    self._stream(file, run[0], path)
+                    self._stream(file, run[0], place)
         return total
 
-    def _stream(self, file: int, read: _Read, path: Path) -> None:
+    def _stream(self, file: RandomAccess, read: _Read, place: str) -> None:
         hasher = xxhash.xxh3_64()
         step = BUFFER_BYTES // read.dtype.itemsize
         for first in range(read.first, read.last, step):
             num_bytes = (min(first + step, read.last) - first) * read.dtype.itemsize
-            self._pread(file, read.stored.offset + first * read.dtype.itemsize, num_bytes, path)
-            hasher.update(self._bytes[:num_bytes])
+            self._read_at(file, read.stored.offset + first * read.dtype.itemsize, num_bytes, place)
+            if self.verify:
+                hasher.update(self._bytes[:num_bytes])
             read.scatter(first, torch.frombuffer(self._bytes[:num_bytes], dtype=read.dtype))
-        self._check(read, hasher.hexdigest())
+        if self.verify:
+            self._check(read, hasher.hexdigest())
 
-    def _pread(self, file: int, offset: int, num_bytes: int, path: Path) -> None:
-        done = 0
-        while done < num_bytes:
-            count = os.preadv(file, [self._bytes[done:num_bytes]], offset + done)
-            if count == 0:
-                raise CheckpointError(f"{path} is truncated: it ends at byte {offset + done}, inside its tensors")
-            done += count
+    def _read_at(self, file: RandomAccess, offset: int, num_bytes: int, place: str) -> None:
+        count = file.read_into(self._bytes[:num_bytes], offset)
+        if count < num_bytes:
+            raise CheckpointError(f"{place} is truncated: it ends at byte {offset + count}, inside its tensors")
 
     def _check(self, read: _Read, found: str) -> None:
-        if self.verify and found != read.stored.xxh3:
+        if found != read.stored.xxh3:
             raise CheckpointError(
-                f"{self.folder / read.stored.file} is damaged: the bytes of tensor '{read.key}' at offset "
+                f"{self.files.place}/{read.stored.file} is damaged: the bytes of tensor '{read.key}' at offset "
                 f"{read.stored.offset} have xxh3 {found}, the manifest says {read.stored.xxh3}"
             )
-
-
-def damaged_tensors(folder: Path, manifest: Manifest, name: str) -> list[str]:
-    """Return the keys whose bytes in one file do not have their xxh3 (or are past its end)."""
-    damaged = []
-    with open(folder / name, "rb", buffering=0) as file:
-        for key, piece in manifest.pieces_of_file(name):
-            if key not in damaged and _range_hash(file.fileno(), piece.offset, piece.num_bytes) != piece.xxh3:
-                damaged.append(key)
-    return damaged
-
-
-def _range_hash(file: int, offset: int, num_bytes: int) -> str:
-    hasher = xxhash.xxh3_64()
-    while num_bytes > 0 and (data := os.pread(file, min(num_bytes, BUFFER_BYTES), offset)):
-        hasher.update(data)
-        offset, num_bytes = offset + len(data), num_bytes - len(data)
-    return hasher.hexdigest()
 
 
 def _runs(reads: list[_Read]) -> Iterator[list[_Read]]:
@@ -228,14 +200,14 @@ def _runs(reads: list[_Read]) -> Iterator[list[_Read]]:
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[int]:
+def _opened(files: Files, name: str) -> Iterator[RandomAccess]:
     try:
-        file = os.open(path, os.O_RDONLY)
+        file = files.open(name)
     except OSError as error:
-        raise CheckpointError(f"{path} cannot be opened: {error.strerror}") from error
+        raise CheckpointError(f"{files.place}/{name} cannot be opened: {error.strerror}") from error
     try:
         yield file
     except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
+        raise CheckpointError(f"{files.place}/{name} cannot be read: {error.strerror}") from error
     finally:
-        os.close(file)
+        file.close()

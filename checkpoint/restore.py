@@ -7,43 +7,58 @@ changes nothing. Must not know: models, optimizers, ZeRO stages, which checkpoin
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from pathlib import Path
+from contextlib import nullcontext
 from typing import Any
 
 from windlass.checkpoint.agree import Peers, on_all_ranks
-from windlass.checkpoint.manifest import Manifest, dtype_name
-from windlass.checkpoint.reader import CheckpointReader, read_manifest
+from windlass.checkpoint.manifest import Manifest, read_manifest
+from windlass.checkpoint.reader import CheckpointReader, dtype_name, dtype_of
+from windlass.checkpoint.retention import being_read
+from windlass.checkpoint.storage import Files, Place, files_of
 from windlass.dist.errors import CheckpointError
 from windlass.dist.state import Piece, StateSource
 
 
-def restore(folder: Path, source: StateSource, group: Peers, *, verify: bool = True) -> dict[str, Any]:
+def restore(
+    checkpoint: Place | Files,
+    source: StateSource,
+    group: Peers,
+    *,
+    verify: bool = True,
+    manifest: Manifest | None = None,
+) -> dict[str, Any]:
     """Fill every wanted piece of `source` from the checkpoint, and return the facts saved with it.
 
     Values are converted between floating-point dtypes; any other difference is an error. A family of keys (the name
-    up to the first dot: model, optimizer) that no rank wants at all is left unread.
+    up to the first dot: model, optimizer) that no rank wants at all is left unread. `manifest` is given where it does
+    not lie among the files. While it is read, the checkpoint is not removed by retention.
 
     Collective: every rank of `group`.
     Invariant: an error in names, shapes or dtypes leaves the state as it was; damage found while reading does not.
     Raises: CheckpointError on every rank, naming the first tensor that differs or is damaged.
     """
-    folder = Path(folder)
+    files = files_of(checkpoint)
+    with being_read(files) if group.rank == 0 else nullcontext():
+        return _restore(files, source, group, verify, manifest)
+
+
+def _restore(files: Files, source: StateSource, group: Peers, verify: bool, given: Manifest | None) -> dict[str, Any]:
     pieces: Sequence[Piece] = ()
-    manifest: Manifest | None = None
+    manifest: Manifest | None = given
 
     def check() -> list[str]:
         nonlocal pieces, manifest
-        manifest = read_manifest(folder)
+        manifest = read_manifest(files) if given is None else given
         pieces = source.wanted()
-        check_wanted(folder, manifest, pieces)
+        check_wanted(files.place, manifest, pieces)
         return list(dict.fromkeys(p.key for p in pieces))
 
     wanted = {key for keys in on_all_ranks(group, check).check() for key in keys}
     assert manifest is not None
-    check_unused(folder, manifest, wanted)
+    check_unused(files.place, manifest, wanted)
 
     def fill() -> int:
-        with CheckpointReader(folder, manifest, verify=verify) as reader:
+        with CheckpointReader(files, manifest, verify=verify) as reader:
             return reader.fill(pieces)
 
     on_all_ranks(group, fill).check()
@@ -51,35 +66,35 @@ def restore(folder: Path, source: StateSource, group: Peers, *, verify: bool = T
     return manifest.extra
 
 
-def check_wanted(folder: Path, manifest: Manifest, pieces: Iterable[Piece]) -> None:
+def check_wanted(place: str, manifest: Manifest, pieces: Iterable[Piece]) -> None:
     """Raise CheckpointError naming the first piece whose tensor is absent or of another shape or kind."""
     for piece in pieces:
         stored = manifest.tensors.get(piece.key)
         if stored is None:
             raise CheckpointError(
-                f"checkpoint {folder} has no tensor '{piece.key}' (here of shape {list(piece.global_shape)}): "
+                f"checkpoint {place} has no tensor '{piece.key}' (here of shape {list(piece.global_shape)}): "
                 "it was written by another model or optimizer"
             )
         if stored.shape != tuple(piece.global_shape):
             raise CheckpointError(
-                f"checkpoint {folder} is of another model: tensor '{piece.key}' has shape {list(stored.shape)} in the "
+                f"checkpoint {place} is of another model: tensor '{piece.key}' has shape {list(stored.shape)} in the "
                 f"checkpoint and {list(piece.global_shape)} here"
             )
-        here = piece.dtype
-        if stored.dtype != here and not (stored.dtype.is_floating_point and here.is_floating_point):
+        here, there = piece.dtype, dtype_of(stored.dtype)
+        if there != here and not (there.is_floating_point and here.is_floating_point):
             raise CheckpointError(
-                f"checkpoint {folder}: tensor '{piece.key}' is {dtype_name(stored.dtype)} in the checkpoint and "
+                f"checkpoint {place}: tensor '{piece.key}' is {stored.dtype} in the checkpoint and "
                 f"{dtype_name(here)} here; only floating-point dtypes are converted"
             )
 
 
-def check_unused(folder: Path, manifest: Manifest, wanted: set[str]) -> None:
+def check_unused(place: str, manifest: Manifest, wanted: set[str]) -> None:
     """Raise CheckpointError if a stored tensor is not wanted although others of its family are."""
     families = {_family(key) for key in wanted}
     for key, stored in manifest.tensors.items():
         if key not in wanted and _family(key) in families:
             raise CheckpointError(
-                f"checkpoint {folder} is of another model or optimizer: it holds tensor '{key}' of shape "
+                f"checkpoint {place} is of another model or optimizer: it holds tensor '{key}' of shape "
                 f"{list(stored.shape)}, which this job does not have"
             )
 

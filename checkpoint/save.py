@@ -13,38 +13,26 @@ Must not know: models, optimizers, ZeRO stages, how the caller reacts to a faile
 from __future__ import annotations
 
 import json
-import math
-import os
-import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 from windlass.checkpoint.agree import Peers, on_all_ranks
-from windlass.checkpoint.cover import tiling_problem
-from windlass.checkpoint.manifest import (
-    MANIFEST_NAME,
-    METADATA_NAME,
-    Manifest,
-    StoredFile,
-    StoredPiece,
-    StoredTensor,
-    dtype_name,
-    dtype_of,
-    readable_bytes,
-)
-from windlass.checkpoint.store import aside, remove_leftovers, restore_set_aside, retain, step_folder
-from windlass.checkpoint.writer import fsync_folder, write_file, write_pieces
-from windlass.dist.box import Box
-from windlass.dist.dcp_format import DcpItem, DcpTensor, data_file_name, dcp_metadata
+from windlass.checkpoint.commit import ARCHIVE_BYTES, commit
+from windlass.checkpoint.fence import read_fence
+from windlass.checkpoint.manifest import readable_bytes
+from windlass.checkpoint.reader import dtype_name
+from windlass.checkpoint.retention import retain, sweep
+from windlass.checkpoint.storage import LocalStorage
+from windlass.checkpoint.store import staging_name, step_name
+from windlass.checkpoint.writer import write_pieces
+from windlass.dist.dcp_format import data_file_name
 from windlass.dist.env import fault
 from windlass.dist.errors import CheckpointError
 from windlass.dist.state import Piece, StateSource
-
-ARCHIVE_BYTES = 2 << 10  # around each piece: archive headers, alignment, its lines in `.metadata` and manifest
 
 
 class Spans(Protocol):
@@ -80,7 +68,8 @@ def save(
 ) -> SaveReport:
     """Write `source` as `folder_root/step-XXXXXXXX/` and retire all but the newest `keep` checkpoints (0: keep all).
 
-    Collective: every rank of `group`. `extra` (JSON-able) is rank 0's.
+    Collective: every rank of `group`. `extra` (JSON-able) is rank 0's; "generation" in it says which start of the
+        workers this is (0 or absent: the newest that is known at the folder).
     Blocks: host, until the checkpoint is durable.
     Invariant: when any rank meets an OSError (disk full, quota, lost mount), every rank gets a report with ok=False,
         the temporary folder is gone and older checkpoints are untouched.
@@ -106,10 +95,12 @@ class _Save:
         keep: int,
         tracer: Spans | None,
     ) -> None:
-        self.root, self.step, self.source, self.extra = root, step, source, extra
+        self.storage = LocalStorage(root)
+        self.root, self.step, self.source, self.extra = root, step, source, dict(extra)
         self.group, self.keep, self.tracer = group, keep, tracer
         self.pieces: Sequence[Piece] = ()
-        self.temporary: Path | None = None
+        self.temporary = ""
+        self.generation = 0
         self.needed = self.free = 0
         self.num_bytes = 0
         self.phases: dict[str, float] = {}
@@ -129,7 +120,7 @@ class _Save:
         return SaveReport(
             ok=True,
             step=self.step,
-            folder=step_folder(self.root, self.step),
+            folder=self.root / step_name(self.step),
             num_bytes=told["bytes"],
             seconds=time.monotonic() - started,
             phases=self.phases,
@@ -145,22 +136,27 @@ class _Save:
         if self.group.rank > 0:
             return {"needed": needed}
         json.dumps(self.extra)
-        self.root.mkdir(parents=True, exist_ok=True)
-        remove_leftovers(self.root)
-        disk = os.statvfs(self.root)
-        self.temporary = aside(step_folder(self.root, self.step), "tmp")
-        self.temporary.mkdir()
-        return {"needed": needed, "temporary": self.temporary.name, "free": disk.f_bavail * disk.f_frsize}
+        self.storage.make_folder()
+        fence = read_fence(self.storage)
+        self.generation = self.extra.get("generation") or fence.generation
+        fence.check(self.generation, str(self.root))
+        if self.generation:
+            self.extra["generation"] = self.generation
+        sweep(self.storage, self.generation)
+        free = self.storage.free_bytes()
+        self.temporary = staging_name(self.storage, self.step, self.generation)
+        self.storage.make_folder(self.temporary)
+        return {"needed": needed, "temporary": self.temporary, "free": free}
 
     def _check_space(self, values: list[Any]) -> None:
-        self.temporary = self.root / values[0]["temporary"]
+        self.temporary = values[0]["temporary"]
         self.needed, self.free = sum(v["needed"] for v in values), values[0]["free"]
         if self.needed > self.free:
             self._clear()
             raise _NotSaved("not enough free space")
 
     def _write(self) -> dict[str, Any]:
-        assert self.temporary is not None
+        folder = self.root / self.temporary
         filled = [p for p in self.pieces if p.box.numel > 0]
         name = data_file_name(self.group.rank)
         rows: list[list[Any]] = [
@@ -168,12 +164,12 @@ class _Save:
         ]
         if not filled:
             return {"rows": rows, "file": None}
-        if not self.temporary.is_dir():
+        if not folder.is_dir():
             raise CheckpointError(
-                f"{self.temporary} was made by rank 0 but is not visible to rank {self.group.rank}: "
+                f"{folder} was made by rank 0 but is not visible to rank {self.group.rank}: "
                 "checkpoints must be on a file system that all ranks share"
             )
-        written, file = write_pieces(self.temporary / name, filled, lambda: self._fault("checkpoint"))
+        written, file = write_pieces(folder / name, filled, lambda: self._fault("checkpoint"))
         self._fault("checkpoint.written")
         for piece, w in zip(filled, written, strict=True):
             place = [w.offset, w.num_bytes, w.xxh3, w.archive_offset, w.archive_bytes]
@@ -184,38 +180,23 @@ class _Save:
     def _commit(self, written: list[Any]) -> dict[str, Any]:
         if self.group.rank > 0:
             return {}
-        assert self.temporary is not None
-        final = step_folder(self.root, self.step)
-        tensors, archives = _assemble(written)
-        files = {w["file"][0]: StoredFile(*w["file"][1:]) for w in written if w["file"] is not None}
-        self._fault("checkpoint.metadata")
-        files[METADATA_NAME] = write_file(self.temporary / METADATA_NAME, dcp_metadata(archives))
-        fsync_folder(self.temporary)
-        self._fault("checkpoint.manifest")
-        manifest = Manifest(self.step, self.group.size, time.time(), tensors, files, self.extra)
-        write_file(self.temporary / MANIFEST_NAME, manifest.dump())
-        fsync_folder(self.temporary)
-        self._fault("checkpoint.rename")
-        old = aside(final, "old") if final.exists() else None
-        if old is not None:
-            os.rename(final, old)
-            self._fault("checkpoint.replace")
-        try:
-            os.rename(self.temporary, final)
-        except OSError:
-            restore_set_aside(self.root)
-            raise
-        fsync_folder(self.root)
-        self._fault("checkpoint.renamed")
-        removed: list[Path] = []
+        manifest, name, replaced = commit(
+            self.storage,
+            self.temporary,
+            self.step,
+            written,
+            self.extra,
+            lambda point: self._fault(f"checkpoint.{point}"),
+        )
+        removed: list[str] = []
         warnings: list[str] = []
         try:
-            if old is not None:
-                shutil.rmtree(old)
-            removed = retain(self.root, self.step, self.keep)
+            if replaced is not None:
+                self.storage.remove(replaced)
+            removed = retain(self.storage, self.generation, self.step, self.keep)
         except OSError as error:
-            warnings.append(f"checkpoint {final.name} is complete, but an older one could not be removed: {error}")
-        return {"removed": [p.name for p in removed], "warnings": warnings, "bytes": manifest.num_bytes}
+            warnings.append(f"checkpoint {name} is complete, but an older one could not be removed: {error}")
+        return {"removed": removed, "warnings": warnings, "bytes": manifest.num_bytes}
 
     def _together(self, work: Callable[[], Any]) -> list[Any]:
         outcome = on_all_ranks(self.group, work)
@@ -227,8 +208,9 @@ class _Save:
 
     def _clear(self) -> None:
         """Remove the temporary folder; called when no rank writes any more."""
-        if self.group.rank == 0 and self.temporary is not None:
-            shutil.rmtree(self.temporary, ignore_errors=True)  # what resists is a leftover for the next save
+        if self.group.rank == 0 and self.temporary:
+            with suppress(OSError):  # what resists is a leftover for the next save
+                self.storage.remove(self.temporary)
 
     def _reason(self, why: str) -> str:
         space = (
@@ -253,30 +235,3 @@ class _Save:
         with span:
             yield
         self.phases[name] = time.monotonic() - started
-
-
-def _assemble(written: list[Any]) -> tuple[dict[str, StoredTensor], dict[str, DcpTensor]]:
-    """Join the rows of all ranks, by tensor, and check that every element was written exactly once."""
-    facts: dict[str, tuple[Any, str]] = {}
-    pieces: dict[str, list[StoredPiece]] = {}
-    items: dict[str, list[DcpItem]] = {}
-    for rank, told in enumerate(written):
-        for key, shape, dtype, boxed in told["rows"]:
-            mine = (tuple(shape), dtype)
-            if facts.setdefault(key, mine) != mine:
-                raise CheckpointError(
-                    f"tensor '{key}' is {mine} on rank {rank} but {facts[key]} on a lower rank: nothing was saved"
-                )
-            pieces.setdefault(key, [])
-            items.setdefault(key, [])
-            if boxed is not None:
-                offsets, sizes, offset, num_bytes, xxh3, archive_offset, archive_bytes = boxed
-                box, name = Box(tuple(offsets), tuple(sizes)), told["file"][0]
-                pieces[key].append(StoredPiece(name, offset, num_bytes, box, xxh3))
-                items[key].append(DcpItem(box, name, archive_offset, archive_bytes))
-    for key, (shape, _) in facts.items():
-        problem = tiling_problem(shape, [p.box for p in pieces[key]])
-        if problem is not None and math.prod(shape) > 0:
-            raise CheckpointError(f"tensor '{key}' of shape {list(shape)}: {problem}; nothing was saved")
-    tensors = {key: StoredTensor(shape, dtype_of(d), tuple(pieces[key])) for key, (shape, d) in facts.items()}
-    return tensors, {key: DcpTensor(t.shape, t.dtype, items[key]) for key, t in tensors.items()}

@@ -1,32 +1,50 @@
-"""The folder of a run's checkpoints: names, listing, leftovers of interrupted work, retention, and which one to resume.
+"""The folder of a run's checkpoints: names, listing, publishing, and which one to resume.
 
-    step-00000100/                 a complete checkpoint
-    .step-00000100.tmp-<nonce>/    being written, or left by a save that died
-    .step-00000100.old-<nonce>/    set aside while a newer save of the same step takes its name
-    .step-00000100.trash-<nonce>/  being deleted
+In a file system, everything happens by renaming whole folders, so a reader sees a checkpoint complete or not at all:
 
-Everything happens by renaming whole folders, so a reader sees a checkpoint complete or not at all. Must not know:
-tensors in memory, models.
+    step-00000100/                           a complete checkpoint
+    .step-00000100.tmp-<generation>-<nonce>/ being written, or left by a save that died
+    .step-00000100.old-<nonce>/              set aside while a newer save of the same step takes its name
+    .step-00000100.trash-<nonce>/            being deleted
+
+At a URL nothing is renamed; a checkpoint is complete once its manifest is there, which is created on condition that it
+is not:
+
+    step-00000100-g<generation>-<nonce>/
+
+Must not know: tensors in memory, models, torch.
 """
 
 from __future__ import annotations
 
-import os
 import re
 import secrets
-import shutil
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import xxhash
+
 from windlass.checkpoint.agree import Alone, Peers, on_all_ranks
-from windlass.checkpoint.manifest import MANIFEST_NAME, Manifest, readable_bytes
-from windlass.checkpoint.reader import damaged_tensors, file_hash, read_manifest
+from windlass.checkpoint.fence import Fence, raise_fence, read_fence
+from windlass.checkpoint.manifest import MANIFEST_NAME, Manifest, read_manifest, readable_bytes
+from windlass.checkpoint.storage import (
+    READ_BYTES,
+    Files,
+    Place,
+    RandomAccess,
+    Storage,
+    exists,
+    file_hash,
+    files_of,
+    opened,
+    storage_of,
+)
 from windlass.dist.errors import CheckpointError
 
-_COMPLETE = re.compile(r"step-(\d{8,})")
-_LEFTOVER = re.compile(r"\.(step-\d{8,})\.(tmp|old|trash)-[0-9a-f]{8}")
+_COMPLETE = re.compile(r"step-(\d{8,})(?:-g(\d+)-[0-9a-f]{8})?")
+_LEFTOVER = re.compile(r"\.(step-\d{8,}(?:-g\d+-[0-9a-f]{8})?)\.(tmp|old|trash)-(?:(\d+)-)?[0-9a-f]{8}")
 
 
 @dataclass(frozen=True)
@@ -43,213 +61,310 @@ class Problem:
 
 @dataclass(frozen=True)
 class CheckpointInfo:
-    """One checkpoint folder as far as its manifest and file sizes tell (contents are not hashed)."""
+    """One checkpoint as far as its manifest and file sizes tell (contents are not hashed)."""
 
-    folder: Path
+    folder: Place
+    name: str
     step: int
+    generation: int  # which start of the workers wrote it; the newest there is, where that cannot be read
     problem: str | None
     num_bytes: int = 0
     num_tensors: int = 0
     world_size: int = 0
     saved_at: float = 0.0
     extra: dict[str, Any] = field(default_factory=dict)
+    seal: str = ""
+    hidden: bool = False  # published by a generation that had been given up
+
+    @property
+    def order(self) -> tuple[int, int]:
+        """Newer is larger: a job that went back to an earlier step has left what it had done before."""
+        return self.generation, self.step
 
 
 @dataclass(frozen=True)
 class Choice:
     """The checkpoint to resume from, and the newer ones that were passed over with the reason."""
 
-    folder: Path | None
-    skipped: list[tuple[Path, str]]
+    folder: Place | None
+    skipped: list[tuple[Place, str]]
 
 
-def step_folder(root: Path, step: int) -> Path:
-    """Return where the checkpoint of a step lies."""
-    return root / f"step-{step:08d}"
+def step_name(step: int) -> str:
+    """Return the name of the checkpoint of a step."""
+    return f"step-{step:08d}"
 
 
-def aside(folder: Path, kind: str) -> Path:
-    """Return a fresh hidden name beside a checkpoint folder; `kind` is tmp, old or trash."""
-    return folder.with_name(f".{folder.name}.{kind}-{secrets.token_hex(4)}")
+def staging_name(storage: Storage, step: int, generation: int) -> str:
+    """Return a fresh name under which a checkpoint is written."""
+    nonce = secrets.token_hex(4)
+    if storage.renames:
+        return f".{step_name(step)}.tmp-{generation}-{nonce}"
+    return f"{step_name(step)}-g{generation}-{nonce}"
 
 
-def list_checkpoints(root: Path) -> list[CheckpointInfo]:
-    """Return the checkpoints of a folder, newest step first, complete or not."""
-    return [_info(folder, step) for step, folder in _step_folders(root)]
+def aside(name: str, kind: str) -> str:
+    """Return a fresh hidden name for a checkpoint; `kind` is old or trash."""
+    return f".{name}.{kind}-{secrets.token_hex(4)}"
 
 
-def find_checkpoint(path: Path) -> Path:
-    """Return the checkpoint folder that a user means: itself, or the newest valid one of a run.
+def list_checkpoints(root: Place | Storage) -> list[CheckpointInfo]:
+    """Return the checkpoints of a folder, newest first, complete or not."""
+    storage = storage_of(root)
+    fence = read_fence(storage)
+    found = [_info(storage, fence, name, int(m[1])) for name in storage.names() if (m := _COMPLETE.fullmatch(name))]
+    return sorted((info for info in found if info is not None), key=lambda info: info.order, reverse=True)
+
+
+def find_checkpoint(path: Place, *, at_most: int | None = None) -> Place:
+    """Return the checkpoint that a user means: itself, or the newest valid one of a run (up to step `at_most`).
 
     Raises: CheckpointError if there is none, or none that is valid.
     """
     if is_checkpoint(path):
         return path
     root = checkpoints_root(path)
-    choice = choose(root, recover=False)
+    choice = choose(root, recover=False, at_most=at_most)
     if choice.folder is not None:
         return choice.folder
     if choice.skipped:
-        reasons = "; ".join(f"{folder.name}: {reason}" for folder, reason in choice.skipped)
+        reasons = "; ".join(f"{_last(folder)}: {reason}" for folder, reason in choice.skipped)
         raise CheckpointError(f"{root} has no valid checkpoint ({reasons})")
     raise CheckpointError(f"{path} is neither a checkpoint (step-XXXXXXXX/) nor a run folder with checkpoints/")
 
 
-def is_checkpoint(path: Path) -> bool:
+def is_checkpoint(path: Place) -> bool:
     """Tell whether a path means one checkpoint, damaged or not, rather than a folder of them."""
-    return (path / MANIFEST_NAME).is_file() or _COMPLETE.fullmatch(path.name) is not None
+    return _COMPLETE.fullmatch(_last(path)) is not None or exists(storage_of(path), MANIFEST_NAME)
 
 
-def checkpoints_root(path: Path) -> Path:
+def checkpoints_root(path: Place) -> Place:
     """Return the folder of checkpoints that a user means: a run's `checkpoints/`, or the folder itself."""
-    return path / "checkpoints" if (path / "checkpoints").is_dir() else path
+    storage = storage_of(path)
+    return storage.inside("checkpoints").address if "checkpoints" in storage.names() else path
 
 
 def verify(
-    folder: Path, *, part: tuple[int, int] = (0, 1), progress: Callable[[str], None] | None = None
+    checkpoint: Place | Files, *, part: tuple[int, int] = (0, 1), progress: Callable[[str], None] | None = None
 ) -> list[Problem]:
     """Read every file of a checkpoint and return what is damaged; empty means valid.
 
     `part` = (i, n) reads only every n-th file from the i-th on, so that n ranks share the work.
     """
+    files = files_of(checkpoint)
     try:
-        manifest = read_manifest(folder)
+        manifest = read_manifest(files)
     except CheckpointError as error:
         return [Problem(MANIFEST_NAME, None, str(error))]
     problems: list[Problem] = []
     for name in sorted(manifest.files)[part[0] :: part[1]]:
         if progress is not None:
-            progress(f"verifying {folder.name}/{name} ({readable_bytes(manifest.files[name].num_bytes)})")
+            size = readable_bytes(manifest.files[name].num_bytes)
+            progress(f"verifying {_last(files.place)}/{name} ({size})")
         try:
-            problems += _file_problems(folder, manifest, name)
+            problems += _file_problems(files, manifest, name)
         except OSError as error:
             problems.append(Problem(name, None, f"cannot be read: {error.strerror}"))
     return problems
 
 
 def choose(
-    root: Path,
+    root: Place | Storage,
     group: Peers | None = None,
     *,
     progress: Callable[[str], None] | None = None,
     recover: bool = True,
+    generation: int = 0,
+    at_most: int | None = None,
 ) -> Choice:
     """Return the newest checkpoint whose every byte matches its checksum, and the newer ones skipped with the reason.
 
-    `recover` first gives a checkpoint back its name if a save died while replacing it.
+    `recover` first gives a checkpoint back its name if a save died while replacing it. `generation` > 0 marks that
+    this start of the workers has begun: what older ones publish from now on does not count. Steps beyond `at_most` are
+    not looked at.
 
     Collective: every rank of `group`; the files of a candidate are divided over the ranks.
     """
+    storage = storage_of(root)
     group = group if group is not None else Alone()
 
-    def candidates() -> list[str]:
+    def candidates() -> list[list[str]]:
         if group.rank > 0:
             return []
-        if recover:
-            restore_set_aside(root)
-        return [folder.name for _, folder in _step_folders(root)]
+        if generation > 0:
+            begin_generation(storage, generation)
+        elif recover:
+            restore_set_aside(storage)
+        found = [info for info in list_checkpoints(storage) if at_most is None or info.step <= at_most]
+        return [[info.name, str(info.problem) if info.hidden else ""] for info in found]
 
-    skipped: list[tuple[Path, str]] = []
-    for name in on_all_ranks(group, candidates).check()[0]:
-        folder = root / name
+    skipped: list[tuple[Place, str]] = []
+    for name, hidden in on_all_ranks(group, candidates).check()[0]:
+        folder = storage.inside(name)
 
-        def damage(folder: Path = folder) -> list[str]:
+        def damage(folder: Storage = folder) -> list[str]:
             return [str(p) for p in verify(folder, part=(group.rank, group.size), progress=progress)]
 
-        problems = list(dict.fromkeys(p for found in on_all_ranks(group, damage).check() for p in found))
+        problems = [hidden] if hidden else _distinct(on_all_ranks(group, damage).check())
         if not problems:
-            return Choice(folder, skipped)
+            return Choice(folder.address, skipped)
         more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
-        skipped.append((folder, problems[0] + more))
+        skipped.append((folder.address, problems[0] + more))
     return Choice(None, skipped)
 
 
-def restore_set_aside(root: Path) -> None:
-    """Give a checkpoint back its name if a save died between setting it aside and renaming its successor."""
-    for path, name, kind in _leftovers(root):
-        if kind == "old" and not (root / name).exists():
-            os.rename(path, root / name)
+def begin_generation(root: Place | Storage, generation: int) -> None:
+    """Mark durably that a new start of the workers has begun, before it chooses where to go on.
 
-
-def remove_leftovers(root: Path) -> None:
-    """Delete what interrupted saves and deletions left behind; nothing but names of this module's pattern."""
-    restore_set_aside(root)
-    for path, _, _ in _leftovers(root):
-        shutil.rmtree(path)
-
-
-def retain(root: Path, saved_step: int, keep: int) -> list[Path]:
-    """Delete all but the newest `keep` complete checkpoints up to `saved_step`, and return what was deleted.
-
-    Later steps are left alone: they belong to a run that this one has branched off from. `keep` 0 keeps all.
+    Invariant: from now on an older generation can publish or remove nothing that a reader would notice
+    Raises: CheckpointError if a newer one has begun; OSError
     """
-    if keep == 0:
-        return []
-    older = [_info(folder, step) for step, folder in _step_folders(root) if step <= saved_step]
-    complete = [info.step for info in older if info.problem is None]
-    if len(complete) <= keep:
-        return []
-    gone = [info.folder for info in older if info.step < complete[keep - 1]]
-    for folder in gone:
-        trash = aside(folder, "trash")
-        os.rename(folder, trash)
-        shutil.rmtree(trash)
-    return gone
+    storage = storage_of(root)
+    restore_set_aside(storage)
+    known = {info.name: info.seal for info in list_checkpoints(storage) if info.seal and not info.hidden}
+    raise_fence(storage, generation, known)
 
 
-def _step_folders(root: Path) -> list[tuple[int, Path]]:
-    if not root.is_dir():
-        return []
-    found = [(match, path) for path in root.iterdir() if (match := _COMPLETE.fullmatch(path.name)) and path.is_dir()]
-    return sorted(((int(match[1]), path) for match, path in found), reverse=True)
+def publish(storage: Storage, staged: str, manifest: Manifest, fault: Callable[[str], None]) -> tuple[str, str | None]:
+    """Make a checkpoint visible whose files are durable under a staging name; return its name, and that of one of the
+    same step that it replaced (which is to be removed).
+
+    `fault` is called with "manifest", "rename", "replace" and "renamed" on the way.
+
+    Raises: CheckpointError if a newer generation has begun; OSError. Then nothing is visible that was not before.
+    """
+
+    def check() -> None:
+        read_fence(storage).check(manifest.generation, storage.place)
+
+    fault("manifest")
+    check()
+    storage.create(f"{staged}/{MANIFEST_NAME}", manifest.dump())
+    fault("rename")
+    if not storage.renames:
+        return staged, None
+    final = step_name(manifest.step)
+    return final, take_name(storage, staged, final, check, fault)
 
 
-def _leftovers(root: Path) -> list[tuple[Path, str, str]]:
-    if not root.is_dir():
-        return []
-    found = [(path, _LEFTOVER.fullmatch(path.name)) for path in sorted(root.iterdir())]
-    return [(path, match[1], match[2]) for path, match in found if match and path.is_dir()]
+def take_name(
+    storage: Storage, staged: str, final: str, check: Callable[[], None], fault: Callable[[str], None]
+) -> str | None:
+    """Rename a folder durably, setting aside one that has the name; return the name which that one has now.
 
-
-def _info(folder: Path, step: int) -> CheckpointInfo:
+    `check` raises if this may not be, at a moment when whoever could forbid it sees all there is.
+    """
+    old = aside(final, "old") if final in storage.names() else None
     try:
-        manifest = read_manifest(folder)
+        if old is not None:
+            storage.rename(final, old)
+            fault("replace")
+        check()
+        storage.rename(staged, final)
+        try:
+            storage.sync()
+        except OSError:  # it may not outlive a loss of power, so it must not be seen
+            storage.rename(final, staged)
+            raise
+    except (OSError, CheckpointError):
+        restore_set_aside(storage)
+        raise
+    fault("renamed")
+    return old
+
+
+def restore_set_aside(root: Storage) -> None:
+    """Give a checkpoint back its name if a save died between setting it aside and renaming its successor."""
+    for path, name, kind, _ in leftovers(root):
+        if kind == "old" and name not in root.names():
+            root.rename(path, name)
+
+
+def leftovers(root: Storage) -> list[tuple[str, str, str, int]]:
+    """Return (name, of which checkpoint, tmp | old | trash, generation) of what is not a checkpoint (any more)."""
+    names = root.names()
+    found = [(n, m[1], m[2], int(m[3] or 0)) for n in names if (m := _LEFTOVER.fullmatch(n))]
+    attempts = [(n, n, "tmp", int(m[2])) for n in names if (m := _COMPLETE.fullmatch(n)) and m[2]]
+    return found + [a for a in attempts if not root.renames and not exists(root, f"{a[0]}/{MANIFEST_NAME}")]
+
+
+def _info(root: Storage, fence: Fence, name: str, step: int) -> CheckpointInfo | None:
+    storage = root.inside(name)
+    if not root.renames and not exists(storage, MANIFEST_NAME):
+        return None  # being written
+    base = CheckpointInfo(storage.address, name, step, fence.generation, None)
+    try:
+        manifest = read_manifest(storage)
     except CheckpointError as error:
-        return CheckpointInfo(folder, step, str(error))
-    problem = next((text for name in sorted(manifest.files) if (text := _size_problem(folder, manifest, name))), None)
-    return CheckpointInfo(
-        folder,
-        step,
-        problem,
-        manifest.num_bytes,
-        len(manifest.tensors),
-        manifest.world_size,
-        manifest.saved_at,
-        manifest.extra,
+        return replace(base, problem=str(error)) if root.renames or exists(storage, MANIFEST_NAME) else None
+    hidden = fence.hides(name, manifest.generation, manifest.seal)
+    problem = (
+        f"published by generation {manifest.generation} after generation {fence.generation} had begun"
+        if hidden
+        else next((text for file in sorted(manifest.files) if (text := _size_problem(storage, manifest, file))), None)
+    )
+    return replace(
+        base,
+        generation=manifest.generation,
+        problem=problem,
+        num_bytes=manifest.num_bytes,
+        num_tensors=len(manifest.tensors),
+        world_size=manifest.world_size,
+        saved_at=manifest.saved_at,
+        extra=manifest.extra,
+        seal=manifest.seal,
+        hidden=hidden,
     )
 
 
-def _size_problem(folder: Path, manifest: Manifest, name: str) -> str | None:
+def _size_problem(files: Files, manifest: Manifest, name: str) -> str | None:
     try:
-        found = (folder / name).stat().st_size
+        found = files.size(name)
     except OSError as error:
         return f"{name}: {error.strerror}"
     stated = manifest.files[name].num_bytes
     return None if found == stated else f"{name} has {found} bytes, the manifest says {stated}"
 
 
-def _file_problems(folder: Path, manifest: Manifest, name: str) -> list[Problem]:
+def _file_problems(files: Files, manifest: Manifest, name: str) -> list[Problem]:
     stated = manifest.files[name]
-    if not (folder / name).exists():
+    if not exists(files, name):
         return [Problem(name, None, "is missing")]
-    size = (folder / name).stat().st_size
+    size = files.size(name)
     if size == stated.num_bytes:
-        found = file_hash(folder / name)
+        found = file_hash(files, name)
         if found == stated.xxh3:
             return []
         detail = f"is damaged: xxh3 is {found}, the manifest says {stated.xxh3}"
     else:
         kind = "is truncated" if size < stated.num_bytes else "has grown"
         detail = f"{kind}: {size} bytes, the manifest says {stated.num_bytes}"
-    tensors = damaged_tensors(folder, manifest, name)
+    tensors = _damaged_tensors(files, manifest, name)
     return [Problem(name, key, detail) for key in tensors] or [Problem(name, None, detail)]
+
+
+def _damaged_tensors(files: Files, manifest: Manifest, name: str) -> list[str]:
+    """Return the keys whose bytes in one file do not have their xxh3 (or are past its end)."""
+    damaged: list[str] = []
+    with opened(files, name) as file:
+        for key, piece in manifest.pieces_of_file(name):
+            if key not in damaged and _range_hash(file, piece.offset, piece.num_bytes) != piece.xxh3:
+                damaged.append(key)
+    return damaged
+
+
+def _range_hash(file: RandomAccess, offset: int, num_bytes: int) -> str:
+    hasher = xxhash.xxh3_64()
+    buffer = memoryview(bytearray(min(num_bytes, READ_BYTES)))
+    while num_bytes > 0 and (count := file.read_into(buffer[:num_bytes], offset)):
+        hasher.update(buffer[:count])
+        offset, num_bytes = offset + count, num_bytes - count
+    return hasher.hexdigest()
+
+
+def _distinct(found: Iterable[list[str]]) -> list[str]:
+    return list(dict.fromkeys(text for texts in found for text in texts))
+
+
+def _last(place: Place) -> str:
+    return place.name if isinstance(place, Path) else place.rstrip("/").rsplit("/", 1)[-1]

@@ -19,6 +19,7 @@ import torch
 import xxhash
 
 from windlass.checkpoint.manifest import StoredFile
+from windlass.checkpoint.storage import named
 from windlass.dist.errors import CheckpointError
 from windlass.dist.state import Piece
 
@@ -56,7 +57,7 @@ class _Stream:
     def write(self, data: Any) -> int:
         view = memoryview(data)  # of bytes: torch.save hands over no others
         self.hasher.update(view)
-        if len(view) == self.watched[1] and _address(view) == self.watched[0]:
+        if len(view) == self.watched[1] and address_of(view) == self.watched[0]:
             self.seen_at = self.position
         self.position += len(view)
         if self.error is None:
@@ -112,31 +113,13 @@ def write_pieces(
 
     Raises: OSError as the file system reports it.
     """
-    with _named(path), _without_crc32(), open(path, "xb", buffering=0) as file:
+    with named(path), without_crc32(), open(path, "xb", buffering=0) as file:
         stream = _Stream(file)
         written = []
         for piece in pieces:
             before_piece()
             written.append(stream.save(piece.tensor))
         return written, stream.finish()
-
-
-def write_file(path: Path, data: bytes) -> StoredFile:
-    """Write a new file whole and make it durable."""
-    with _named(path), open(path, "xb", buffering=0) as file:
-        _write_all(file, data)
-        os.fsync(file.fileno())
-    return StoredFile(len(data), xxhash.xxh3_64_hexdigest(data))
-
-
-def fsync_folder(folder: Path) -> None:
-    """Make the entries of a folder durable."""
-    with _named(folder):
-        handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
 
 
 def _write_all(file: io.FileIO, data: bytes | bytearray | memoryview) -> None:
@@ -146,23 +129,14 @@ def _write_all(file: io.FileIO, data: bytes | bytearray | memoryview) -> None:
             done += file.write(whole[done:])
 
 
-def _address(view: memoryview) -> int:
+def address_of(view: memoryview) -> int:
+    """Return where the bytes of a buffer lie in memory."""
     return np.frombuffer(view, np.uint8).__array_interface__["data"][0] if view else 0
 
 
 @contextmanager
-def _named(path: Path) -> Iterator[None]:
-    """Add the path to errors of calls that only know a file number."""
-    try:
-        yield
-    except OSError as error:
-        if error.filename is None and error.errno is not None:
-            raise OSError(error.errno, error.strerror, str(path)) from error
-        raise
-
-
-@contextmanager
-def _without_crc32() -> Iterator[None]:
+def without_crc32() -> Iterator[None]:
+    """Let torch.save write no checksums."""
     # The archive's own CRC halves the write speed, torch.load never checks it, and xxh3 covers the same bytes.
     before = torch.serialization.get_crc32_options()
     torch.serialization.set_crc32_options(False)

@@ -1,12 +1,14 @@
 """This rank's micro-batches, prepared ahead by one thread.
 
-The whole state is one integer: how many samples all ranks together have consumed. Must not know: devices, models.
+The whole state is one integer: how many samples all ranks together have consumed (or passed over, where a run went back
+and left some out). Must not know: devices, models, why samples are left out.
 """
 
 from __future__ import annotations
 
 import time
 from collections import deque
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
 
@@ -23,9 +25,9 @@ class Loader:
 
     Step s takes the global samples [consumed, consumed + global_batch). Micro-batch j of rank r takes
     consumed + j * num_ranks * micro_batch + r * micro_batch + [0, micro_batch), so the samples of a step do not depend
-    on how many ranks share them.
+    on how many ranks share them. Steps never begin inside a range of `skips`: they go on behind it.
     Blocks: `next_step` until its batches are there; the time is added to `wait_s`.
-    Raises: DataError if an epoch has fewer samples than one step takes.
+    Raises: DataError if an epoch has fewer samples than one step takes, or a skipped range is not one of whole steps.
     """
 
     def __init__(
@@ -39,6 +41,7 @@ class Loader:
         global_batch: int,
         consumed: int = 0,
         prefetch: int = 2,
+        skips: Sequence[tuple[int, int]] = (),
     ) -> None:
         if global_batch != micro_batch * num_micro_batches * num_ranks:
             raise DataError(
@@ -50,8 +53,13 @@ class Loader:
                 f"the data has {dataset.num_samples} rows of {dataset.seq_len} tokens in an epoch, one step takes "
                 f"{global_batch}. Prepare more text, or lower train.global_batch, train.micro_batch or train.seq_len."
             )
-        self.consumed = consumed
+        for first, stop in skips:
+            if stop <= first or (stop - first) % global_batch:
+                raise DataError(
+                    f"samples [{first}, {stop}) cannot be left out: not whole steps of {global_batch} samples"
+                )
         self.wait_s = 0.0
+        self._skips = sorted(skips)
         self._dataset = dataset
         self._micro_batch, self._num_micro_batches = micro_batch, num_micro_batches
         self._rank, self._num_ranks, self._global_batch = rank, num_ranks, global_batch
@@ -65,8 +73,8 @@ class Loader:
         """Go on as if `consumed` samples had been consumed."""
         while self._ahead:
             self._ahead.pop().cancel()
-        self.consumed = consumed
-        self._next_sample = consumed + self._rank * self._micro_batch
+        self.consumed = self._ahead_at = self._behind_skips(consumed)
+        self._ahead_number = 0
         self._fill_up()
 
     def next_step(self) -> list[Batch]:
@@ -76,8 +84,14 @@ class Loader:
         started = time.perf_counter()
         batches = [self._next_batch() for _ in range(self._num_micro_batches)]
         self.wait_s += time.perf_counter() - started
-        self.consumed += self._global_batch
+        self.consumed = self._behind_skips(self.consumed + self._global_batch)
         return batches
+
+    def _behind_skips(self, sample: int) -> int:
+        for first, stop in self._skips:
+            if first <= sample < stop:
+                sample = stop
+        return sample
 
     def _next_batch(self) -> Batch:
         if self._thread is None:
@@ -91,8 +105,10 @@ class Loader:
             self._ahead.append(self._thread.submit(self._build, self._take()))
 
     def _take(self) -> int:
-        first = self._next_sample
-        self._next_sample += self._num_ranks * self._micro_batch
+        first = self._ahead_at + (self._ahead_number * self._num_ranks + self._rank) * self._micro_batch
+        self._ahead_number += 1
+        if self._ahead_number == self._num_micro_batches:
+            self._ahead_at, self._ahead_number = self._behind_skips(self._ahead_at + self._global_batch), 0
         return first
 
     def _build(self, first: int) -> Batch:

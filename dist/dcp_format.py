@@ -13,10 +13,12 @@ import pickle
 import struct
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-
-import torch
+from typing import TYPE_CHECKING
 
 from windlass.dist.box import Box, Shape
+
+if TYPE_CHECKING:
+    import torch
 
 DATA_SUFFIX = ".distcp"
 METADATA = "torch.distributed.checkpoint.metadata"
@@ -39,7 +41,7 @@ class DcpTensor:
     """One whole tensor and the items that tile it."""
 
     shape: Shape
-    dtype: torch.dtype
+    dtype: torch.dtype | str  # by its name where there is no torch: "float32"
     items: Sequence[DcpItem]
 
 

@@ -15,6 +15,7 @@ import signal
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from windlass.dist.errors import ConfigError, WorkerError
 
@@ -36,6 +37,9 @@ class ProcessEnv:
     master_port: int = 0
     rendezvous: str | None = None
     launcher: str = "none"
+    generation: int = 0  # grows with every start of the workers by one launcher; 0: nobody counts
+    node: str = ""  # name of this machine in the job; empty: its host name
+    domain: str = ""  # what fails together with it; empty: the machine alone
 
     @property
     def meeting_point(self) -> str:
@@ -52,6 +56,11 @@ class ProcessEnv:
             "GROUP_RANK": str(self.node_rank),
             "WINDLASS_LAUNCHER": self.launcher,
         }
+        if self.generation:
+            out["WINDLASS_GENERATION"] = str(self.generation)
+        for name, value in (("WINDLASS_NODE", self.node), ("WINDLASS_DOMAIN", self.domain)):
+            if value:
+                out[name] = value
         if self.rendezvous:
             out["WINDLASS_RENDEZVOUS"] = self.rendezvous
         if self.master_addr:
@@ -67,6 +76,12 @@ def get(name: str, default: str = "") -> str:
 def set_default(name: str, value: str) -> str:
     """Set a variable unless the user has set it, and return what holds (libraries below us read it)."""
     return os.environ.setdefault(name, value)
+
+
+def replace_all(values: Mapping[str, str]) -> None:
+    """Make this the whole environment, of this process and its children."""
+    os.environ.clear()
+    os.environ.update(values)
 
 
 def copy() -> dict[str, str]:
@@ -91,7 +106,7 @@ def read_process_env(environ: Mapping[str, str] | None = None) -> ProcessEnv:
         return _checked(_from_torchrun(environ))
     if "SLURM_PROCID" in environ and int(environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
         return _checked(_from_slurm(environ))
-    return ProcessEnv()
+    return ProcessEnv(**_place(environ))
 
 
 def _from_torchrun(environ: Mapping[str, str]) -> ProcessEnv:
@@ -123,7 +138,16 @@ def _from_torchrun(environ: Mapping[str, str]) -> ProcessEnv:
         master_port=_number(environ, "MASTER_PORT") if "MASTER_PORT" in environ else 0,
         rendezvous=environ.get("WINDLASS_RENDEZVOUS"),
         launcher=launcher,
+        **_place(environ),
     )
+
+
+def _place(environ: Mapping[str, str]) -> dict[str, Any]:
+    return {
+        "generation": _number(environ, "WINDLASS_GENERATION") if "WINDLASS_GENERATION" in environ else 0,
+        "node": environ.get("WINDLASS_NODE", ""),
+        "domain": environ.get("WINDLASS_DOMAIN", ""),
+    }
 
 
 def _from_slurm(environ: Mapping[str, str]) -> ProcessEnv:
@@ -152,6 +176,7 @@ def _from_slurm(environ: Mapping[str, str]) -> ProcessEnv:
         master_port=_number(environ, "MASTER_PORT") if "MASTER_PORT" in environ else port,
         rendezvous=environ.get("WINDLASS_RENDEZVOUS"),
         launcher="slurm",
+        **_place(environ),
     )
 
 

@@ -9,7 +9,9 @@
       OffloadError       tiers, budgets, NVMe
         TierOutOfMemory  more was asked of a tier than its budget
       CheckpointError    saving, verifying, restoring
+        DamagedChunk     bytes of a snapshot that are not those that were hashed
       NumericsError      non-finite loss or gradient
+        SpikeError       the loss jumped: the run goes back and on without some samples
       WorkerError        a rank failed; carries who and the first cause
 
 A message says what, where, why, and the value that would work. Every error is built from one string, so it pickles.
@@ -73,10 +75,18 @@ class CheckpointError(WindlassError):
     exit_code = 8
 
 
+class DamagedChunk(CheckpointError):
+    """Bytes of a snapshot are not those that were hashed."""
+
+
 class NumericsError(WindlassError):
     """A loss or gradient is not finite."""
 
     exit_code = 9
+
+
+class SpikeError(NumericsError):
+    """The loss jumped: the run goes back, and on without the samples that it met there."""
 
 
 class WorkerError(WindlassError):

@@ -103,19 +103,27 @@ def _came(store: Any, rank: int) -> bool:
         return False
 
 
+def own_address(env: ProcessEnv, *, one_host: bool) -> str:
+    """Return the address of this host under which the other ranks reach it, empty where nothing tells.
+
+    Invariant: a loopback address only if all ranks are on one host, or rank 0's host knows itself by one
+    """
+    target = "127.0.0.1" if one_host else env.master_addr
+    if not target:
+        return ""  # ranks of several hosts that met in a shared folder: nothing tells us where they are
+    family, _, _, _, address = socket.getaddrinfo(target, env.master_port or 1, type=socket.SOCK_DGRAM)[0]
+    with socket.socket(family, socket.SOCK_DGRAM) as probe:
+        probe.connect(address)  # sends nothing: asks the routing table for our own address
+        return str(probe.getsockname()[0])
+
+
 def choose_interface(env: ProcessEnv, *, one_host: bool) -> None:
     """Tell gloo which network interface leads to the other ranks, unless the user did (GLOO_SOCKET_IFNAME).
 
     gloo otherwise takes the address of the host's own name, which is often a loopback address on clusters.
     """
-    target = "127.0.0.1" if one_host else env.master_addr
-    if not target:
-        return  # ranks of several hosts that met in a shared folder: nothing tells us where they are
-    family, _, _, _, address = socket.getaddrinfo(target, env.master_port or 1, type=socket.SOCK_DGRAM)[0]
-    with socket.socket(family, socket.SOCK_DGRAM) as probe:
-        probe.connect(address)  # sends nothing: asks the routing table for our own address
-        own = probe.getsockname()[0]
-    if not one_host and ipaddress.ip_address(own).is_loopback:
+    own = own_address(env, one_host=one_host)
+    if not own or (not one_host and ipaddress.ip_address(own).is_loopback):
         return  # rank 0's host knows itself by a loopback name: its outward address is for gloo to find
     for name, addresses in psutil.net_if_addrs().items():
         if any(a.address == own for a in addresses):

@@ -19,6 +19,7 @@ from windlass.dist.device import pick_device
 from windlass.dist.errors import ConfigError
 from windlass.dist.mesh import Mesh, plan_mesh
 from windlass.launch.check_offload import check_offload
+from windlass.launch.check_recovery import check_recovery
 from windlass.launch.drives import missing_folder
 from windlass.launch.job import Key, Loaded, job_keys, show_value
 from windlass.launch.suggest import nearest_key
@@ -86,6 +87,7 @@ def check_job(loaded: Loaded, world_size: int, *, to_run: bool = True) -> Mesh:
     _check_precision(loaded)
     _check_zero(loaded, mesh)
     check_offload(loaded, to_run=to_run)
+    check_recovery(loaded, mesh, to_run=to_run)
     _check_unused(loaded)
     _check_cluster(loaded, to_run)
     if to_run:

@@ -44,6 +44,8 @@ OPTIONAL = (
     ("tensorboard", "scalars for TensorBoard (metrics.tensorboard)"),
     ("ray", "windlass launch --ray"),
     ("deepspeed", "comparisons in benchmarks/"),
+    ("pyeclib", "snapshot.redundancy=reed_solomon"),
+    ("fsspec", "checkpoints in object stores (checkpoint.url)"),
 )
 
 

@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 import torch
 
 from windlass.checkpoint.reader import CheckpointReader
+from windlass.checkpoint.storage import Place
 from windlass.checkpoint.store import find_checkpoint
 from windlass.data.batch import IGNORE, Batch
 from windlass.data.config import DataConfig
@@ -56,7 +57,7 @@ class Evaluation:
     bits_per_byte: float | None
 
 
-def load_checkpoint(target: Path, loss: LossConfig = PLAIN) -> tuple[BlockModel, Path, int]:
+def load_checkpoint(target: Place, loss: LossConfig = PLAIN) -> tuple[BlockModel, Place, int]:
     """Return the model of a checkpoint (or of the newest of a run) in fp32, the checkpoint's folder and its step.
 
     Raises: CheckpointError if there is none that is valid

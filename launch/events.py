@@ -74,6 +74,8 @@ class Stepped(Event):
     comm_bytes: int  # received by this rank in this step
     eta_s: float
     lanes: dict[str, dict[str, float]] = field(default_factory=dict)  # busy_s, stalled_s, bytes of each lane of tiers
+    # newest step held by each level (ram, peers, local, storage), snapshots skipped, seconds that training waited
+    snapshot: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,9 @@ TORCHRUN_TICK_S = 2
 
 @dataclass(frozen=True)
 class Failure:
-    """Why one rank ended. `secondary`: it only noticed that something else broke, such as a lost peer."""
+    """Why one rank ended. `secondary`: it only noticed that something else broke, such as a lost peer. `kind`: what
+    failed, when it was not the worker's own doing: hang or node.
+    """
 
     rank: int
     when: float
@@ -36,6 +38,7 @@ class Failure:
     traceback: str
     exit_code: int
     secondary: bool
+    kind: str = ""
 
 
 @dataclass(frozen=True)

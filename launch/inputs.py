@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
@@ -50,8 +50,8 @@ class Inputs:
     num_ranks: int
     prefetch: int
 
-    def loader(self, consumed: int) -> Loader:
-        """Start reading behind the first `consumed` samples."""
+    def loader(self, consumed: int, skips: Sequence[tuple[int, int]] = ()) -> Loader:
+        """Start reading behind the first `consumed` samples, and leave out the ranges of `skips`."""
         return Loader(
             self.train,
             micro_batch=self.micro_batch,
@@ -61,6 +61,7 @@ class Inputs:
             global_batch=self.identity.global_batch,
             consumed=consumed,
             prefetch=self.prefetch,
+            skips=skips,
         )
 
 

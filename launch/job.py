@@ -11,13 +11,14 @@ from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from functools import cache
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
-from windlass.checkpoint.policy import CheckpointConfig
+from windlass.checkpoint.policy import CheckpointConfig, SnapshotConfig
 from windlass.data.config import DataConfig
 from windlass.dist.cluster import ClusterConfig
 from windlass.dist.mesh import ParallelismConfig
 from windlass.launch.local import LaunchConfig
 from windlass.launch.metrics import MetricsConfig
 from windlass.launch.profiler import ProfilerConfig
+from windlass.launch.recovery import RecoveryConfig
 from windlass.model.config import ModelConfig
 from windlass.model.loss import LossConfig
 from windlass.offload.policy import OffloadConfig
@@ -90,6 +91,8 @@ class JobConfig:
     activation: ActivationConfig = field(default_factory=ActivationConfig)
     offload: OffloadConfig = field(default_factory=OffloadConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    snapshot: SnapshotConfig = field(default_factory=SnapshotConfig)
+    recovery: RecoveryConfig = field(default_factory=RecoveryConfig)
     metrics: MetricsConfig = field(default_factory=MetricsConfig)
     profiler: ProfilerConfig = field(default_factory=ProfilerConfig)
     launch: LaunchConfig = field(default_factory=LaunchConfig)

@@ -166,6 +166,7 @@ def scalars(event: Event) -> dict[str, float]:
         "traffic/comm_bytes": float(event.comm_bytes),
         **{f"seconds/{phase}": seconds for phase, seconds in event.seconds.items()},
         **{f"lanes/{lane}/{what}": float(n) for lane, counts in event.lanes.items() for what, n in counts.items()},
+        **{f"snapshot/{what}": float(value) for what, value in event.snapshot.items()},
         **{f"memory/{tier}_bytes": float(num_bytes) for tier, num_bytes in event.bytes_by_tier.items()},
         "memory/process_peak_bytes": float(event.memory_peak_bytes),
     }

@@ -11,6 +11,7 @@ from rich.table import Table
 from windlass.launch.nearest import Change
 from windlass.launch.plan import DOES_NOT_FIT, FITS, Plan
 from windlass.launch.plan_offload import OffloadSummary
+from windlass.launch.plan_snapshots import SnapshotSummary
 from windlass.parallel.memory import MODEL_STATES
 
 MEANING = {
@@ -129,6 +130,25 @@ def _print_offload(offload: OffloadSummary, console: Console) -> None:
         else:
             room = show_bytes(left)
         console.print(f"[red]{tier}[/]: {held} of state and buffers do not fit into {room}")
+
+
+def print_snapshots(summary: SnapshotSummary, console: Console | None = None) -> None:
+    """Print what snapshots take of a node's memory, and what they survive."""
+    console = console or build_console()
+    copied, parity = show_bytes(summary.copied), show_bytes(summary.exchanged)
+    console.print(
+        f"Snapshots: [bold]{show_bytes(summary.node_bytes)}[/] of a node's memory ({summary.slots} slots of "
+        f"{show_bytes(summary.rank_bytes)} for each of {summary.ranks_per_node} ranks, with parity); a rank copies "
+        f"{copied} per snapshot and its node receives {parity} of parity from others"
+    )
+    survived = (
+        f"any {summary.survives} of {summary.group} nodes that protect each other may be lost"
+        if summary.survives
+        else "the loss of a process is survived, that of a node is not"
+    )
+    console.print(f"Snapshots survive: {survived}")
+    if summary.host_bytes and summary.node_bytes > summary.host_bytes:
+        console.print(f"[red]note:[/] that is more than the {show_bytes(summary.host_bytes)} of a host")
 
 
 def verdict_line(plan: Plan) -> str:

@@ -35,6 +35,7 @@ def step_line(window: Sequence[Stepped]) -> str:
         f"data_ms: {1000 * sum(s.data_s for s in window) / len(window):.0f}",
         f"stall_ms: {1000 * sum(s.stall_s for s in window) / len(window):.0f}",
         *_lane_parts(window),
+        *_snapshot_parts(window),
         f"eta: {duration(last.eta_s)}",
     ]
     return " ".join(parts) + (" (skipped)" if last.skipped else "")
@@ -51,6 +52,17 @@ def _lane_parts(window: Sequence[Stepped]) -> list[str]:
         if moved:
             parts.append(f"nvme_{direction}: {size(moved / len(window))}")
     return parts
+
+
+def _snapshot_parts(window: Sequence[Stepped]) -> list[str]:
+    """Say which step each level of snapshots holds, how many were skipped and how long training waited for them."""
+    last = window[-1].snapshot
+    if not last:
+        return []
+    held = [f"{level} {last[level]:.0f}" for level in ("ram", "peers", "local", "storage") if level in last]
+    waited = sum(s.snapshot.get("blocked_s", 0.0) for s in window) / len(window)
+    skipped = [f"skipped: {last['skipped']:.0f}"] if last.get("skipped") else []
+    return [f"kept: {', '.join(held) or 'nothing yet'}", f"kept_ms: {1000 * waited:.1f}", *skipped]
 
 
 def line_of(event: Event) -> str | None:

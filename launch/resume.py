@@ -36,6 +36,7 @@ class Progress:
     passed_over: list[str] = field(default_factory=list)
     changes: list[str] = field(default_factory=list)
     on_drives: bool = False  # found whole on the drives, and in no checkpoint
+    in_memory: bool = False  # found in the memory of the nodes or on their local drives, and in no checkpoint
 
 
 @dataclass(frozen=True)
@@ -92,6 +93,7 @@ def checkpoint_extra(
     consumed: int,
     tokens: int,
     optimizer_steps: int,
+    generation: int = 0,
 ) -> dict[str, Any]:
     """Return what a checkpoint carries beside tensors; JSON-able."""
     return {
@@ -99,6 +101,7 @@ def checkpoint_extra(
         "consumed": consumed,
         "tokens": tokens,
         "optimizer_steps": optimizer_steps,
+        "generation": generation,
         "order": identity.order,
         "tokenizer": {"digest": identity.tokenizer_digest, "folder": identity.tokenizer_folder},
         "model": asdict(config.model),

@@ -7,6 +7,8 @@ Must not know: how anything it builds works.
 from __future__ import annotations
 
 import json
+import os
+import signal
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -20,27 +22,25 @@ from windlass.data.loader import Loader
 from windlass.dist.comm import Comm, Group
 from windlass.dist.device import Device, pick_device
 from windlass.dist.env import ProcessEnv, read_process_env
-from windlass.dist.errors import PlanError
+from windlass.dist.errors import PlanError, SpikeError
 from windlass.dist.mesh import plan_mesh
 from windlass.dist.trace import Tracer
+from windlass.launch.check_recovery import needs_process
 from windlass.launch.config import to_yaml
+from windlass.launch.control_log import Phase, PhaseLog
 from windlass.launch.events import Ended, EventStream, Resumed, Started
 from windlass.launch.inputs import Inputs, Validation, open_inputs
 from windlass.launch.job import JobConfig
 from windlass.launch.metrics import build_sinks
+from windlass.launch.origin import Origin, Start, begin_generation, find_origin, note_recovered
 from windlass.launch.plan import Plan, make_plan
 from windlass.launch.profiler import StepProfiler
 from windlass.launch.resume import Progress, check_order, checkpoint_extra, versions
 from windlass.launch.run_folder import RunFolder, RunLock
-from windlass.launch.start import (
-    check_same,
-    find_checkpoint_to_resume,
-    go_on,
-    go_on_from_drives,
-    start_values,
-    step_of,
-    to_be_restored,
-)
+from windlass.launch.signals import StopSignals
+from windlass.launch.snapshots import Snapshots
+from windlass.launch.spikes import note_spike
+from windlass.launch.start import check_same, go_on_from_drives, start_values, to_be_restored
 from windlass.launch.tiers import adopt_newest, begin_timeline, build_machine, read_timeline, tier_limits
 from windlass.launch.trainer import Trainer
 from windlass.model.build import build_model
@@ -66,6 +66,9 @@ class Run:
     plan: Plan
     engine: Engine
     offload: OffloadMachine | None
+    snapshots: Snapshots | None
+    start: Start
+    phases: PhaseLog
     timeline: str
     progress: Progress
     loader: Loader
@@ -110,7 +113,14 @@ class Run:
             consumed=self.loader.consumed,
             tokens=tokens,
             optimizer_steps=self.engine.optimizer_steps,
+            generation=self.start.generation,
         )
+
+    def reached(self, phase: Phase) -> None:
+        """Note how far this start has come, for whoever measures recoveries."""
+        self.phases.mark(phase)
+        if phase == "first_step" and self.rank == 0 and self.start.at_most is not None:
+            note_recovered(self.config, self.env)
 
     def commit_step(self, step: int, tokens: int) -> None:
         """Make a step durable where the drives hold all of the state and always have one whole step.
@@ -128,6 +138,8 @@ class Run:
         Collective: every rank
         """
         extra, keep = self.facts(step, tokens), self.config.checkpoint.keep
+        if self.snapshots is not None and self.config.checkpoint.mode != "sync":
+            return self.snapshots.persist(step, extra, deadline_s=self.config.recovery.start_s)
         return save(self.folder.checkpoints, step, self.engine, extra, self.world, keep=keep, tracer=self.tracer)
 
     def ended(
@@ -197,9 +209,22 @@ def run_worker(config: JobConfig, env: ProcessEnv | None = None) -> int:
     Collective: every rank of the job, once
     Raises: WindlassError for whatever stops the run
     """
-    with build_run(config, env if env is not None else read_process_env()) as run:
-        Trainer(run).train()
+    with StopSignals(announce=False, at_once=_leave):
+        run = build_run(config, env if env is not None else read_process_env())
+    with run:
+        trainer = Trainer(run)
+        try:
+            trainer.train()
+        except SpikeError:
+            if run.rank == 0 and trainer.roll_back is not None:
+                note_spike(trainer.roll_back, config)
+            raise
     return 0
+
+
+def _leave(signum: int) -> None:
+    """End a process that was asked to stop before it has trained: it has nothing that could be lost."""
+    os._exit(0 if signum == signal.SIGTERM else 128 + signum)
 
 
 def build_run(config: JobConfig, env: ProcessEnv) -> Run:
@@ -218,7 +243,8 @@ def build_run(config: JobConfig, env: ProcessEnv) -> Run:
         with clock.phase("plan"):
             # Activations are measured when the run has ended: that imports torch's compiler, seconds of every start.
             plan = make_plan(config, env.world_size, config.cluster, device.kind, activations=False)
-            folder, events = _open_folder(config, env.rank, stack)
+            folder, events = _open_folder(config, env, stack)
+            phases = PhaseLog(folder.root, env.generation, env.rank)
         with clock.phase("ranks"):
             tracer, ledger = Tracer(), TierLedger(tier_limits(config))
             parallelism = config.parallelism
@@ -233,10 +259,16 @@ def build_run(config: JobConfig, env: ProcessEnv) -> Run:
                 comm.world,
                 {"config": asdict(config), "pipeline": actions, "plan": plan.as_json(), "versions": versions()},
             )
+        phases.mark("met")
         with clock.phase("checkpoint"):
-            checkpoint, passed_over = find_checkpoint_to_resume(config, folder, comm.world)
-            saved_step = -1 if checkpoint is None else step_of(checkpoint)
+            start = begin_generation(config, env, comm.world)
+            snapshots = None
+            if needs_process(config.snapshot.every, config.checkpoint.mode):
+                snapshots = Snapshots(config, env, comm.world, start.generation)
+                stack.callback(snapshots.close)
+            origin = find_origin(config, folder, comm.world, snapshots, start)
             timeline = read_timeline(folder, comm.world)
+        phases.mark("found")
         with clock.phase("tiers"):
             offload = build_machine(
                 config,
@@ -247,16 +279,16 @@ def build_run(config: JobConfig, env: ProcessEnv) -> Run:
                 tracer=tracer,
                 warn=lambda message: events.warn(0, message),
                 timeline=timeline,
-                checkpoint_step=saved_step,
+                checkpoint_step=origin.step,
             )
             if offload is not None:
                 stack.enter_context(offload)
-            on_drives = adopt_newest(offload, comm.world, saved_step)
+            on_drives = adopt_newest(offload, comm.world, origin.step)
             if on_drives is None and (timeline or plan.offload is not None):
                 timeline = begin_timeline(folder, comm.world)
             elif on_drives is not None:
                 check_order(on_drives.extra, inputs.identity, "state on nvme")
-                checkpoint = None
+                origin = Origin()
         with clock.phase("engine"):
             engine = Engine(
                 model,
@@ -267,7 +299,7 @@ def build_run(config: JobConfig, env: ProcessEnv) -> Run:
                 precision=config.precision,
                 activation=config.activation,
                 optimizer=config.optimizer,
-                fill=start_values(config, model, stack) if checkpoint is None else to_be_restored,
+                fill=to_be_restored if origin.found else start_values(config, model, stack),
                 tracer=tracer,
                 account=lambda state, num_bytes: ledger.add("device", state, num_bytes),
                 pipeline=plan.pipeline,
@@ -276,11 +308,12 @@ def build_run(config: JobConfig, env: ProcessEnv) -> Run:
             )
         with clock.phase("restore"):
             if on_drives is None:
-                progress = go_on(config, inputs.identity, engine, comm.world, checkpoint, passed_over)
+                progress = origin.restore(config, inputs.identity, engine, comm.world)
             else:
                 progress = go_on_from_drives(config, engine, comm.world, on_drives.extra)
+            phases.mark("loaded", step=progress.step, source=progress.folder)
         with clock.phase("loader"):
-            loader = stack.enter_context(inputs.loader(progress.consumed))
+            loader = stack.enter_context(inputs.loader(progress.consumed, start.skips))
             profiler = StepProfiler(config.profiler, folder.traces, env.rank, tracer)
         run = Run(
             config=config,
@@ -295,6 +328,9 @@ def build_run(config: JobConfig, env: ProcessEnv) -> Run:
             plan=plan,
             engine=engine,
             offload=offload,
+            snapshots=snapshots,
+            start=start,
+            phases=phases,
             timeline=timeline,
             progress=progress,
             loader=loader,
@@ -304,16 +340,31 @@ def build_run(config: JobConfig, env: ProcessEnv) -> Run:
             began=began,
             lifetimes=stack.pop_all(),
         )
+    _protect(run, origin)
     _announce(run, clock.seconds)
     return run
 
 
-def _open_folder(config: JobConfig, rank: int, stack: ExitStack) -> tuple[RunFolder, EventStream]:
-    """Lock the run folder on rank 0 and open the event stream of this rank."""
-    folder = RunFolder(Path(config.train.run_dir))
+def _protect(run: Run, origin: Origin) -> None:
+    """Begin to take snapshots: first of the state as it was restored, so that from now on it is protected again."""
+    snapshots = run.snapshots
+    if snapshots is None:
+        return
+    unprotected = snapshots.protect(run.engine, run.device, run.tracer, restored=origin.in_memory)
+    run.engine.gate = snapshots.gate
+    if run.progress.folder:
+        snapshots.seed(run.progress.step, run.facts(run.progress.step, run.progress.tokens))
+    for weakness in unprotected if run.rank == 0 else ():
+        run.events.warn(run.progress.step, weakness)
+
+
+def _open_folder(config: JobConfig, env: ProcessEnv, stack: ExitStack) -> tuple[RunFolder, EventStream]:
+    """Lock the run folder on rank 0, unless a controller of ours has, and open the event stream of this rank."""
+    folder, rank = RunFolder(Path(config.train.run_dir)), env.rank
     if rank == 0:
         folder.create()
-        stack.enter_context(RunLock(folder))
+        if not env.generation:
+            stack.enter_context(RunLock(folder))
     sinks = build_sinks(config.metrics, rank, metrics=folder.metrics, log=folder.log, tensorboard=folder.tensorboard)
     events = EventStream(sinks)
     stack.callback(events.close)

@@ -11,6 +11,7 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Callable
 from types import FrameType, TracebackType
 from typing import final
 
@@ -27,13 +28,16 @@ class StopSignals:
     """Handle SIGTERM and SIGINT while the `with` block runs; outside the main thread, handle nothing.
 
     The same press of Ctrl-C often arrives twice (from the terminal and from a launcher that passes it on), so signals
-    within `debounce_s` of the first count as the first.
+    within `debounce_s` of the first count as the first. `at_once` hears of the first when it comes, in another thread.
 
     Invariant: after the block the previous handlers are back.
     """
 
-    def __init__(self, *, announce: bool = True, debounce_s: float = 0.5) -> None:
+    def __init__(
+        self, *, announce: bool = True, debounce_s: float = 0.5, at_once: Callable[[int], object] | None = None
+    ) -> None:
         self.announce = announce
+        self.at_once = at_once
         self.debounce_s = debounce_s
         self._requested = 0
         self._since = 0.0
@@ -53,6 +57,8 @@ class StopSignals:
                 name = signal.Signals(signum).name
                 text = f"{name}: stopping after this step, with a checkpoint if they are on. Again: stop at once.\n"
                 os.write(2, text.encode())
+            if self.at_once is not None:
+                self.at_once(signum)
         elif time.monotonic() - self._since >= self.debounce_s:
             if sys.stderr.isatty():
                 os.write(2, SHOW_CURSOR)

@@ -17,12 +17,12 @@ import torch
 from windlass.checkpoint.agree import Peers, on_all_ranks
 from windlass.checkpoint.reader import read_manifest
 from windlass.checkpoint.restore import restore
+from windlass.checkpoint.storage import Place
 from windlass.checkpoint.store import choose, find_checkpoint, list_checkpoints
 from windlass.dist.errors import CheckpointError, ConfigError, PlanError
 from windlass.dist.rng import fill_normal
 from windlass.dist.state import StateSource
 from windlass.launch.resume import Identity, Progress, changes, check_model_settings, check_order
-from windlass.launch.run_folder import RunFolder
 from windlass.model.build import Fill
 from windlass.model.protocol import BlockModel
 
@@ -65,16 +65,19 @@ def first_difference(a: Any, b: Any, path: str = "") -> tuple[str, Any, Any]:
     return path, a, b
 
 
-def find_checkpoint_to_resume(config: JobConfig, folder: RunFolder, world: Peers) -> tuple[Path | None, list[str]]:
+def find_checkpoint_to_resume(
+    wish: str, root: Place, world: Peers, *, at_most: int | None = None
+) -> tuple[Place | None, list[str]]:
     """Return the checkpoint to start from (None: start at step 0), and the newer ones passed over, each with why.
+
+    `wish` is what checkpoint.resume says; steps after `at_most` belong to a past that the run has left.
 
     Collective: every rank of the world
     Raises: CheckpointError if there are checkpoints and none is valid; ConfigError if the run would overwrite some
     """
-    wish, root = config.checkpoint.resume, folder.checkpoints
     if wish == "auto":
-        choice = choose(root, world)
-        passed_over = [f"{path.name}: {reason}" for path, reason in choice.skipped]
+        choice = choose(root, world, at_most=at_most)
+        passed_over = [f"{Path(path).name}: {reason}" for path, reason in choice.skipped]
         if choice.folder is None and passed_over:
             raise CheckpointError(
                 f"no checkpoint in '{root}' is valid ({'; '.join(passed_over)}). Starting at step 0 would overwrite "
@@ -89,20 +92,25 @@ def find_checkpoint_to_resume(config: JobConfig, folder: RunFolder, world: Peers
         if wish == "never":
             return {"folder": "", "step": 0, "own": own}
         found = find_checkpoint(Path(wish))
-        return {"folder": str(found.resolve()), "step": read_manifest(found).step, "own": own}
+        return {"folder": str(Path(found).resolve()), "step": read_manifest(found).step, "own": own}
 
     found = on_all_ranks(world, look).check()[0]
     newer = [step for step in found["own"] if step > found["step"]]
     if newer:
         raise ConfigError(
-            f"checkpoint.resume = '{wish}': the run folder '{folder.root}' has a checkpoint of step {max(newer)}, "
+            f"checkpoint.resume = '{wish}': '{root}' has a checkpoint of step {max(newer)}, "
             "which would be overwritten. Use checkpoint.resume=auto to go on from it, or give another train.run_dir."
         )
     return (Path(found["folder"]) if found["folder"] else None), []
 
 
 def go_on(
-    config: JobConfig, identity: Identity, engine: Restorable, world: Peers, folder: Path | None, passed_over: list[str]
+    config: JobConfig,
+    identity: Identity,
+    engine: Restorable,
+    world: Peers,
+    folder: Place | None,
+    passed_over: list[str],
 ) -> Progress:
     """Restore the engine from a checkpoint and return where the run stands; without one, at step 0.
 
@@ -135,7 +143,7 @@ def go_on_from_drives(config: JobConfig, engine: Restorable, world: Peers, extra
     return Progress(extra["step"], extra["consumed"], extra["tokens"], where, 0.0, [], changed, on_drives=True)
 
 
-def step_of(checkpoint: Path) -> int:
+def step_of(checkpoint: Place) -> int:
     """Return the step that a checkpoint holds."""
     return read_manifest(checkpoint).step
 

@@ -7,10 +7,11 @@ kills. Must not know what a worker is: it sees ranks, exits and signals.
 
 from __future__ import annotations
 
+import math
 import signal
 import sys
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from types import FrameType
@@ -34,6 +35,12 @@ class WorkerGroup(Protocol):
         """Send a signal to workers that have not ended."""
 
 
+class StopCount(Protocol):
+    """How often somebody asked to stop: the first time saves, the second kills."""
+
+    count: int
+
+
 class StopRequests:
     """How often the launcher was asked to stop."""
 
@@ -54,32 +61,49 @@ class StopRequests:
                 signal.signal(signum, handler)
 
 
-def supervise(group: WorkerGroup, grace_s: float, stop: StopRequests) -> list[Exit]:
+def supervise(
+    group: WorkerGroup,
+    grace_s: float,
+    stop: StopCount,
+    *,
+    report_s: float = REPORT_S,
+    deadline_s: float = math.inf,
+    tend: Callable[[bool], bool] = lambda whole: False,
+    look_s: float = 0.1,
+) -> list[Exit]:
     """Wait until every worker has ended and return how.
 
-    Invariant:   after the first failure all workers have ended within REPORT_S + grace_s and the time a kill takes
+    After a request to stop they have `deadline_s`. `tend` is called every `look_s` for whatever else needs care, and
+    told whether all workers still run; once it returns True, they are asked to save and end.
+
+    Invariant:   after the first failure all workers have ended within report_s + grace_s and the time a kill takes
     """
     running = set(range(group.num_workers))
     signalled: set[int] = set()
     exits: list[Exit] = []
     terminate_at = kill_at = float("inf")
     answered = 0
+    asked_to_save = False
 
     def send(signum: int) -> None:
         group.send(running, signum)
         signalled.update(running)
 
     while running:
-        for ended in group.wait(0.1):
+        for ended in group.wait(look_s):
             running.discard(ended.rank)
             asked = ended.rank in signalled and ended.failure is None and ended.code in ASKED_TO_END
             exits.append(replace(ended, stopped=asked))
             if ended.code != 0 and not asked:
-                terminate_at = min(terminate_at, time.monotonic() + REPORT_S)
+                terminate_at = min(terminate_at, time.monotonic() + report_s)
         now = time.monotonic()
         if stop.count > answered:
             answered = stop.count
+            kill_at = min(kill_at, now + deadline_s)
             send(signal.SIGTERM if answered == 1 else signal.SIGKILL)
+        if tend(not exits and not answered) and not asked_to_save and not answered:
+            asked_to_save = True
+            send(signal.SIGTERM)
         if now >= terminate_at:
             terminate_at, kill_at = float("inf"), min(kill_at, now + grace_s)
             send(signal.SIGTERM)
@@ -89,7 +113,7 @@ def supervise(group: WorkerGroup, grace_s: float, stop: StopRequests) -> list[Ex
     return exits
 
 
-def conclude(exits: list[Exit], stop: StopRequests) -> int:
+def conclude(exits: list[Exit], stop: StopCount) -> int:
     """Print the cause of a failed run, once, and return the exit code of the run."""
     failures = order_failures(exits)
     cut_short = [ended for ended in exits if ended.stopped and ended.code != 0]

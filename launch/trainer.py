@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING
 import torch
 
 from windlass.dist.env import fault
-from windlass.dist.errors import NumericsError
+from windlass.dist.errors import NumericsError, SpikeError
 from windlass.launch.events import Ended, Evaluated, Profiled, Saved, Stepped
 from windlass.launch.profiler import Window
 from windlass.launch.signals import StopSignals
+from windlass.launch.spikes import RollBack, SpikeWatch
 from windlass.parallel.optim import learning_rate
 
 if TYPE_CHECKING:
@@ -37,7 +38,10 @@ class Trainer:
         self.tokens = run.progress.tokens
         self.productive_s = 0.0
         self._skips = 0  # consecutive
-        self._saved_at = self.step if run.progress.folder and not run.progress.on_drives else -1
+        self._spikes = SpikeWatch(run.config.recovery)
+        self.roll_back: RollBack | None = None  # why the run ended with a SpikeError
+        elsewhere = run.progress.on_drives or run.progress.in_memory
+        self._saved_at = self.step if run.progress.folder and not elsewhere else -1
         self._comm_bytes = run.comm_bytes()
 
     def train(self) -> Ended:
@@ -47,7 +51,8 @@ class Trainer:
         """
         run = self.run
         try:
-            with StopSignals(announce=run.rank == 0) as signals:
+            flush = None if run.snapshots is None else run.snapshots.flush
+            with StopSignals(announce=run.rank == 0, at_once=flush) as signals:
                 reason = self._loop(signals)
             ended = run.ended(self.step, reason, ok=True, tokens=self.tokens, productive_s=self.productive_s)
         except BaseException as error:
@@ -68,20 +73,23 @@ class Trainer:
         if self.step == 0:
             self._evaluate()
         self._began, self._first = time.perf_counter(), self.step
-        stop = 0
+        stop, checkpoint = 0, run.config.checkpoint
         while self.step < train.steps and not stop:
             fault("step", rank=run.rank, step=self.step + 1)
+            self._beat("step", self.step + 1)
             with run.profiler.step(self.step + 1) as window:
                 self._one_step()
+            if self.step == self._first + 1:
+                run.reached("first_step")
             self._profiled(window)
-            stop = self._agree(signals.requested)
+            stop, all_ready = self._agree(signals.requested)
+            self._snapshot(all_ready)
             last = self.step == train.steps
             if not stop and (last or (train.eval_every and self.step % train.eval_every == 0)):
                 self._evaluate()
-            every = run.config.checkpoint.every
-            if every and self.step % every == 0:
+            if checkpoint.mode == "sync" and checkpoint.every and self.step % checkpoint.every == 0:
                 self._save()
-        if run.config.checkpoint.at_end:  # also when the last step was found on the drives, and nowhere else
+        if checkpoint.at_end:  # also when the last step was found on the drives, and nowhere else
             self._save()
         self._profiled(run.profiler.close(self.step))
         return signal.Signals(stop).name if stop else "done"
@@ -98,9 +106,14 @@ class Trainer:
         self.step += 1
         self.tokens += report.tokens
         run.commit_step(self.step, self.tokens)
+        samples = (first, first + run.inputs.identity.global_batch)
+        spike = None if report.skipped else self._spikes.observe(self.step, report.loss, samples)
         step_s = time.perf_counter() - began
         self.productive_s += 0.0 if report.skipped else step_s
-        run.events.emit(self._stepped(report, rate, (first, run.loader.consumed), step_s, data_s))
+        run.events.emit(self._stepped(report, rate, samples, step_s, data_s))
+        if spike is not None:
+            self.roll_back = spike
+            raise SpikeError(f"{spike.why}: going back to step {spike.at_most} or before")
         self._check_finite(report)
 
     def _stepped(
@@ -139,6 +152,7 @@ class Trainer:
                 lane: {"busy_s": c.busy_s, "stalled_s": c.stalled_s, "bytes": c.num_bytes}
                 for lane, c in sorted(report.lanes.items())
             },
+            snapshot={} if run.snapshots is None else run.snapshots.levels(),
         )
 
     def _check_finite(self, report: StepReport) -> None:
@@ -171,16 +185,34 @@ class Trainer:
         if self.run.rank == 0:
             self.run.events.warn(self.step, message)
 
-    def _agree(self, requested: int) -> int:
-        """Return the signal that any rank got; every rank then stops after the same step. Collective."""
-        flag = torch.tensor([requested], dtype=torch.int64)
-        self.run.world.all_reduce(flag, op="max", tag="control", label="stop?").wait()
-        return int(flag.item())
+    def _agree(self, requested: int) -> tuple[int, bool]:
+        """Return the signal that any rank got, and whether every rank has room for a snapshot. Collective.
+
+        Every rank then stops after the same step, and all take a snapshot or none: one that some lack protects nothing.
+        """
+        snapshots = self.run.snapshots
+        busy = snapshots is not None and not snapshots.ready()
+        flags = torch.tensor([requested, busy], dtype=torch.int64)
+        self.run.world.all_reduce(flags, op="max", tag="control", label="stop? ready?").wait()
+        return int(flags[0].item()), not flags[1].item()
+
+    def _snapshot(self, all_ready: bool) -> None:
+        run = self.run
+        if run.snapshots is not None and run.snapshots.due(self.step):
+            with run.tracer.span("snapshot", "phase"):
+                run.snapshots.take(self.step, run.facts(self.step, self.tokens), all_ready=all_ready)
+            for problem in run.snapshots.problems():
+                run.events.warn(self.step, problem)
+
+    def _beat(self, phase: str, step: int) -> None:
+        if self.run.snapshots is not None:
+            self.run.snapshots.beat(phase, step)
 
     def _evaluate(self) -> None:
         run = self.run
         if run.validation is None:
             return
+        self._beat("eval", self.step)
         began = time.perf_counter()
         with run.tracer.span("validation", "phase"):
             loss_sum, tokens = run.validation.evaluate(run.engine)
@@ -193,6 +225,7 @@ class Trainer:
         run = self.run
         if self.step == self._saved_at:
             return
+        self._beat("save", self.step)
         with run.tracer.span("checkpoint", "phase"):
             report = run.save(self.step, self.tokens)
         if report.ok:

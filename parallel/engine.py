@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -113,6 +113,7 @@ class Engine:
         axes = ("dp_replicate", "dp_shard") if zero.stage == 0 else ("dp_shard",)
         self._shards = comm.group(mesh.ranks_along(axes, rank), "shard")
         replicas = mesh.ranks_along("dp_replicate", rank) if zero.stage > 0 else (rank,)
+        self._replicas = tuple(mesh.ranks_along(axes, rank)) if zero.stage == 0 else tuple(replicas)
         self._num_replicas = len(replicas)
         self._replica_index = replicas.index(rank)
         self.whole: ModelPlan = plan_units(model, 1)
@@ -170,6 +171,7 @@ class Engine:
         )
         self._steps = 0
         self._seconds: dict[str, float] = {}
+        self.gate: Callable[[], object] = _open_gate  # passed before state changes: whoever copies it may wait there
 
     def _holders(self, mesh: Mesh, replicas: Sequence[int], share: RankShare) -> Group | None:
         """Return the group of ranks that hold the same shard of a tied embedding that lies on two pipeline ranks.
@@ -238,6 +240,8 @@ class Engine:
             # Each replica contributed the same sum of squares.
             norm = math.sqrt(local[1].item() / self._num_replicas) if local[1].item() >= 0 else math.nan
         skipped = not (math.isfinite(norm) and math.isfinite(loss))
+        with self._phase("gate"):
+            self.gate()
         with self._phase("step"):
             # The same formula as torch.nn.utils.clip_grad_norm_, so that runs can be compared.
             scale = min(1.0, self._optimizer.clip_norm / (norm + 1e-6)) if self._optimizer.clip_norm else 1.0
@@ -288,6 +292,20 @@ class Engine:
         """Return the pieces this rank must have filled."""
         return list(self._pieces(mine_only=False))
 
+    def held(self) -> Sequence[Piece]:
+        """Return all state of this rank, the same on each of `replicas`."""
+        return [p for u in self._units if not u.plan.borrowed for p in u.state.pieces(u.low, u.high, write=False)]
+
+    @property
+    def replicas(self) -> tuple[int, ...]:
+        """The ranks of the world that hold the same state as this one, itself included."""
+        return self._replicas
+
+    @property
+    def movable(self) -> bool:
+        """Whether state may be elsewhere or change before the gate of the next step."""
+        return self._offload is not None
+
     def loaded(self) -> None:
         """Rebuild compute parameters after a restore. Collective through publish."""
         for unit in self._units:
@@ -317,6 +335,10 @@ class Engine:
         with self._tracer.span(name, "phase"):
             yield
         self._seconds[name] = time.perf_counter() - began
+
+
+def _open_gate() -> None:
+    """Nobody copies state."""
 
 
 def _total(values: Sequence[torch.Tensor]) -> torch.Tensor:

@@ -21,10 +21,12 @@ from windlass.launch.cli import (
     data,
     doctor,
     draw,
+    drill,
     evaluate,
     import_,
     plan,
     quickstart,
+    snapshot,
     trace,
     train,
 )
@@ -67,6 +69,7 @@ def _options(
 
 
 train.register(app)
+drill.register(app)
 plan.register(app)
 draw.register(app)
 doctor.register(app)
@@ -77,6 +80,7 @@ app.add_typer(config.app, name="config")
 app.add_typer(data.app, name="data")
 app.add_typer(import_.app, name="import")
 app.add_typer(checkpoint.app, name="checkpoint")
+app.add_typer(snapshot.app, name="snapshot")
 app.add_typer(bench.app, name="bench")
 
 

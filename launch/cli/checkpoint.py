@@ -164,7 +164,7 @@ def _reshaped_logits(extra: dict[str, Any]) -> str:
     return " and ".join(f"{key}={layout[key]}" for key, usual in plain.items() if layout.get(key, usual) != usual)
 
 
-def _model_config(folder: Path, manifest: Manifest) -> ModelConfig:
+def _model_config(folder: Path | str, manifest: Manifest) -> ModelConfig:
     from dataclasses import fields
 
     from windlass.dist.errors import CheckpointError

@@ -41,14 +41,15 @@ def plan(
     stages: Annotated[bool, typer.Option("--stages", help="Compare ZeRO stages 0 to 3 of this job.")] = False,
 ) -> None:
     import json
-    from dataclasses import replace
+    from dataclasses import asdict, replace
 
     from windlass.launch.check import check_job
     from windlass.launch.config import load_job
     from windlass.launch.nearest import nearest_change
     from windlass.launch.plan import DOES_NOT_FIT, Planner
     from windlass.launch.plan_cluster import known_facts, planned_ranks
-    from windlass.launch.plan_view import print_plan, print_stages
+    from windlass.launch.plan_snapshots import plan_snapshots
+    from windlass.launch.plan_view import print_plan, print_snapshots, print_stages
 
     loaded = load_job(job, ctx.args, cluster=cluster)
     config = loaded.config
@@ -68,11 +69,15 @@ def plan(
         chosen = plans[config.zero.stage]
     else:
         chosen = planner.plan(config, world_size, facts, device)
+        snapshots = plan_snapshots(config, chosen, facts)
         too_big = chosen.verdict == DOES_NOT_FIT
         change = nearest_change(config, world_size, facts, device) if too_big else None
         if as_json:
             named = change and {"overrides": change.overrides, "world_size": change.world_size}
-            typer.echo(json.dumps({**chosen.as_json(), "digest": chosen.digest(), "nearest_change": named}, indent=1))
+            beside = {"nearest_change": named, "snapshots": snapshots and asdict(snapshots)}
+            typer.echo(json.dumps({**chosen.as_json(), "digest": chosen.digest(), **beside}, indent=1))
         else:
             print_plan(chosen, change=change)
+            if snapshots is not None:
+                print_snapshots(snapshots)
     raise typer.Exit(3 if chosen.verdict == DOES_NOT_FIT else 0)

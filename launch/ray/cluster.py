@@ -23,13 +23,13 @@ CONNECT_S = 5.0
 
 
 @contextmanager
-def connected(address: str, num_workers: int) -> Iterator[None]:
+def connected(address: str, num_workers: int, *, namespace: str | None = None) -> Iterator[None]:
     """Connect to `auto` or HOST:PORT, or start `local`; leave an existing cluster alone, stop one that we started.
 
     Raises:      PlanError if there is no cluster or it refuses us
     """
     _check_address(address)
-    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR, "namespace": namespace}
     try:
         if address == "local":
             ray.init(

@@ -58,6 +58,13 @@ def plan_placement(num_workers: int, *, num_nodes: int, spread: bool, gpu: bool)
     return Placement(strategy, (bundle,) * num_nodes, tuple(w // per_node for w in range(num_workers)), worker)
 
 
+def slots_of_node(room: int, num_workers: int, *, num_nodes: int, spread: bool, alive: int) -> int:
+    """Return how many of the workers a node with this room takes, of `alive` nodes: the same wishes as above."""
+    if num_nodes:
+        return min(room, num_workers // num_nodes)
+    return min(room, -(-num_workers // max(alive, 1))) if spread else room
+
+
 def check_fits(placement: Placement, nodes: Mapping[str, Mapping[str, float]]) -> None:
     """Raise PlanError if even an idle cluster of these nodes could not hold the placement."""
     bundle = placement.bundles[0]

@@ -1,6 +1,7 @@
 """Restoring: any partition into any other, conversions, other models, damage."""
 
 import math
+import os
 import tempfile
 from pathlib import Path
 
@@ -187,11 +188,11 @@ def test_a_folder_without_manifest_is_no_checkpoint(tmp_path):
 def test_neighbouring_pieces_are_read_in_one_call(tmp_path, monkeypatch):
     state = {f"model.{i:03d}": torch.randn(16) for i in range(200)}
     folder = save_shards(tmp_path, 1, [FlatSource(state)]).folder
-    calls = []
-    preadv = reader_module.os.preadv
-    monkeypatch.setattr(reader_module.os, "preadv", lambda *args: calls.append(args) or preadv(*args))
+    calls, manifest = [], read_manifest(folder)
+    preadv = os.preadv
+    monkeypatch.setattr(os, "preadv", lambda *args: calls.append(args) or preadv(*args))
     target = FlatSource(blank(state))
-    restore(folder, target, Alone())
+    restore(folder, target, Alone(), manifest=manifest)
     assert_equal([target], state)
     assert len(calls) == 1
 

@@ -10,7 +10,6 @@ import torch
 
 from tests.checkpoint_doubles import FlatSource, blank, even_shards, on_threads, save_shards, some_state
 from windlass.checkpoint import save as save_module
-from windlass.checkpoint import store
 from windlass.checkpoint.agree import Alone
 from windlass.checkpoint.reader import read_manifest, read_tensor
 from windlass.checkpoint.restore import restore
@@ -155,7 +154,7 @@ def test_too_little_free_space_fails_before_anything_is_written(tmp_path, monkey
     class Disk:
         f_bavail, f_frsize = 3, 1024
 
-    monkeypatch.setattr(save_module.os, "statvfs", lambda path: Disk)
+    monkeypatch.setattr("os.statvfs", lambda path: Disk)
     monkeypatch.setattr(save_module, "write_pieces", lambda *a: pytest.fail("wrote"))
     report = save(tmp_path, 1, FlatSource(some_state()), {}, Alone(), keep=1)
     assert not report.ok and "not enough free space" in report.reason and "3.0 KiB were free" in report.reason
@@ -237,7 +236,7 @@ def test_an_older_checkpoint_that_cannot_be_removed_is_a_warning(tmp_path, monke
         raise PermissionError(errno.EACCES, "Permission denied", str(path))
 
     with monkeypatch.context() as patch:
-        patch.setattr(store.shutil, "rmtree", refuse)
+        patch.setattr("shutil.rmtree", refuse)
         report = save(tmp_path, 2, FlatSource(some_state()), {}, Alone(), keep=1)
     assert report.ok and len(report.warnings) == 1 and "Permission denied" in report.warnings[0]
     assert choose(tmp_path).folder == tmp_path / "step-00000002"

@@ -165,6 +165,25 @@ def loader_of(dataset: Any, **changes: Any) -> Loader:
     return Loader(dataset, **(alone | changes))
 
 
+@pytest.mark.parametrize("prefetch", [0, 3])
+@pytest.mark.parametrize("num_ranks", [1, 2])
+def test_ranges_that_a_run_leaves_out_are_passed_over_wherever_it_starts(num_ranks: int, prefetch: int) -> None:
+    skips = [(8, 16), (16, 20), (28, 32)]
+    wanted = [[0, 1, 2, 3], [4, 5, 6, 7], [20, 21, 22, 23], [24, 25, 26, 27], [32, 33, 34, 35]]
+    for start, expected in ((0, wanted), (8, wanted[2:]), (12, wanted[2:]), (28, wanted[4:])):
+        taken: list[list[int]] = [[] for _ in expected]
+        for rank in range(num_ranks):
+            shape = {"micro_batch": 1, "num_micro_batches": 4 // num_ranks, "rank": rank, "num_ranks": num_ranks}
+            changes = {**shape, "global_batch": 4, "consumed": start, "prefetch": prefetch, "skips": skips}
+            with loader_of(dataset_of(32), **changes) as loader:
+                for step in taken:
+                    step += [int(b.samples_B[0]) for b in loader.next_step()]
+                assert loader.consumed == 36
+        assert [sorted(step) for step in taken] == expected
+    with pytest.raises(DataError, match="not whole steps of 4"):
+        loader_of(dataset_of(32), global_batch=4, num_micro_batches=2, skips=[(0, 6)])
+
+
 def test_a_loader_can_be_moved() -> None:
     with loader_of(dataset_of(32)) as loader:
         first = loader.next_step()[0]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,11 +14,13 @@ import torch
 
 from windlass.checkpoint.policy import CheckpointConfig
 from windlass.checkpoint.save import SaveReport
-from windlass.dist.errors import NumericsError, WorkerError
+from windlass.dist.errors import NumericsError, SpikeError, WorkerError
 from windlass.dist.trace import Tracer
 from windlass.launch.events import Ended, Evaluated, Event, EventStream, Profiled, Saved, Stepped, Warned
 from windlass.launch.profiler import ProfilerConfig, StepProfiler
+from windlass.launch.recovery import RecoveryConfig
 from windlass.launch.resume import Progress
+from windlass.launch.spikes import RollBack
 from windlass.launch.trainer import Trainer, bits_per_byte
 from windlass.offload.ledger import TierLedger
 from windlass.parallel.engine import StepReport
@@ -95,7 +98,11 @@ class FakeRun:
             optimizer=parts["optimizer"],
             lr_scheduler=ScheduleConfig(),
             checkpoint=parts["checkpoint"],
+            recovery=parts.get("recovery", RecoveryConfig()),
         )
+        self.snapshots = parts.get("snapshots")
+        self.inputs = SimpleNamespace(identity=SimpleNamespace(global_batch=4))
+        self.phases: list[str] = []
         self.recorder = Recorder()
         self.events = EventStream([self.recorder])
         self.rank, self.num_ranks, self.world = 0, 1, Alone()
@@ -112,6 +119,12 @@ class FakeRun:
         self.offload = SimpleNamespace(finished=False)
         self.disk_full = False
         self.traffic = 0
+
+    def reached(self, phase: str) -> None:
+        self.phases.append(phase)
+
+    def facts(self, step: int, tokens: int) -> dict[str, int]:
+        return {"step": step, "tokens": tokens}
 
     def comm_bytes(self) -> int:
         self.traffic += 10
@@ -301,3 +314,86 @@ def test_every_step_is_committed_and_what_was_not_saved_stays_on_the_drives(tmp_
     run = FakeRun(tmp_path, checkpoint=CheckpointConfig(at_end=False))
     Trainer(run).train()  # type: ignore[arg-type]
     assert run.commits == [1, 2, 3, 4] and run.saves == [] and not run.offload.finished
+
+
+class Memory:
+    """Snapshots that note what they are asked; `full` are the steps at which this rank has no room."""
+
+    def __init__(self, *, every: int = 1, full: Sequence[int] = ()) -> None:
+        self.every, self.full = every, set(full)
+        self.taken: list[tuple[int, bool]] = []
+        self.beats: list[tuple[str, int]] = []
+        self.asked = 0
+        self.step = 0
+
+    def ready(self) -> bool:
+        self.step += 1
+        return self.step not in self.full
+
+    def due(self, step: int) -> bool:
+        return step % self.every == 0
+
+    def take(self, step: int, facts: dict[str, int], *, all_ready: bool) -> None:
+        assert facts["step"] == step
+        self.taken.append((step, all_ready))
+
+    def beat(self, phase: str, step: int) -> None:
+        self.beats.append((phase, step))
+
+    def levels(self) -> dict[str, float]:
+        return {"ram": 1.0}
+
+    def problems(self) -> list[str]:
+        return ["the drive is full"] if self.step == 2 else []
+
+    def flush(self, signum: int) -> None:
+        self.asked += 1
+
+
+def test_snapshots_are_taken_when_due_and_left_out_where_a_rank_has_no_room(tmp_path: Path) -> None:
+    memory = Memory(every=2, full=[4])
+    run = FakeRun(tmp_path, steps=6, snapshots=memory)
+    run.train()
+    assert memory.taken == [(2, True), (4, False), (6, True)]
+    assert [beat for beat in memory.beats if beat[0] == "step"] == [("step", n) for n in range(1, 7)]
+    assert [w.message for w in run.recorder.of(Warned)] == ["the drive is full"]
+    assert run.recorder.of(Stepped)[0].snapshot == {"ram": 1.0}
+    assert run.phases == ["first_step"]
+
+
+def test_another_rank_without_room_makes_all_leave_a_snapshot_out(tmp_path: Path) -> None:
+    memory = Memory()
+    run = FakeRun(tmp_path, steps=1, snapshots=memory)
+    run.world.heard = 1
+    run.train()
+    assert memory.taken == [(1, False)]
+
+
+def test_a_signal_has_the_newest_snapshot_made_durable_at_once(tmp_path: Path) -> None:
+    memory = Memory()
+    run = FakeRun(tmp_path, steps=50, snapshots=memory)
+    run.recorder.react = lambda event: (
+        signal.raise_signal(signal.SIGTERM) if isinstance(event, Stepped) and event.step == 2 else None
+    )
+    ended = run.train()
+    assert ended.reason == "SIGTERM"
+    assert memory.asked == 1
+
+
+def test_a_jump_of_the_loss_ends_the_run_with_where_to_go_back_to(tmp_path: Path) -> None:
+    memory = Memory()
+    recovery = RecoveryConfig(spike_factor=2.0, spike_window=3)
+    run = FakeRun(tmp_path, steps=9, snapshots=memory, recovery=recovery)
+    train_step = run.engine.train_step
+
+    def jumps(batches: Sequence[Any], lr: float) -> StepReport:
+        report = train_step(batches, lr)
+        return replace(report, loss=100.0) if run.engine.calls == 5 else report
+
+    run.engine.train_step = jumps  # type: ignore[method-assign]
+    trainer = Trainer(run)  # type: ignore[arg-type]  # a double of Run
+    with pytest.raises(SpikeError, match="loss 100 at step 5"):
+        trainer.train()
+    assert trainer.roll_back is not None
+    assert trainer.roll_back == RollBack(3, 12, 20, trainer.roll_back.why)
+    assert [step for step, _ in memory.taken] == [1, 2, 3, 4]

@@ -1,0 +1,335 @@
+"""The folder of one job on one node, in memory: where everything lies that must outlive the processes of the node.
+
+    <base>/windlass-<uid>/<job>/<node>/   token  smp.json  generation  lease  policy.json  membership-<g>.json
+        layouts/<digest>.json  beats/00003  verdicts/00003.json
+        data-00003-<slot bytes>x<slots>-<hashes>.seg  parity-00003-...seg
+
+Every file is the user's alone (0600 in folders of 0700) and replaced as a whole, so a kill leaves the old or the new.
+Must not know: torch, what segments hold, networks.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import re
+import secrets
+import shutil
+import stat
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from windlass.checkpoint.memory.heartbeat import is_alive, read_heartbeat
+from windlass.checkpoint.memory.layout import Layout
+from windlass.dist.errors import CheckpointError
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}")
+_SEGMENT = re.compile(r"(data|parity)-(\d{5,})-(\d+)x(\d+)-(\d+)\.seg")
+SPARE_BYTES = 8 << 20  # of the base: headers of other files, what other programs take meanwhile
+
+
+@dataclass(frozen=True)
+class SnapshotProcess:
+    """Who serves this folder: the process, by number and creation time, and where it listens."""
+
+    pid: int
+    started: int
+    host: str
+    port: int
+
+    @property
+    def alive(self) -> bool:
+        return is_alive(self.pid, self.started)
+
+
+@dataclass(frozen=True)
+class SegmentFile:
+    """One segment of the folder and its geometry, which is its name: one of another geometry is another file, so that
+    old snapshots stay until newer ones are protected."""
+
+    path: Path
+    role: str
+    rank: int
+    slot_bytes: int
+    num_slots: int
+    table_chunks: int
+
+
+@dataclass(frozen=True)
+class NodeFolder:
+    """The folder of `job` on `node` below `base`."""
+
+    base: Path
+    job: str
+    node: str
+
+    def __post_init__(self) -> None:
+        for what, name in (("job", self.job), ("node", self.node)):
+            if not _NAME.fullmatch(name):
+                raise CheckpointError(
+                    f"{what} = {name!r} cannot name a folder of snapshots: letters, digits, dot, dash and underscore "
+                    "can, beginning with a letter or digit, e.g. node-0"
+                )
+
+    @staticmethod
+    def at(path: Path | str) -> NodeFolder:
+        """Return the node folder that lies at `path`."""
+        path = Path(path).absolute()
+        return NodeFolder(path.parents[2], path.parent.name, path.name)
+
+    @property
+    def path(self) -> Path:
+        return _root(self.base) / self.job / self.node
+
+    def create(self, token: str | None = None) -> NodeFolder:
+        """Make the folder where it is missing, with the job's token (a new one if none is given and none is there).
+
+        Raises: CheckpointError if the base is not a folder, or what is there belongs to somebody else
+        """
+        if not Path(self.base).is_dir():
+            raise CheckpointError(
+                f"snapshot.folder = '{self.base}': there is no such folder on this node. Use /dev/shm, or another "
+                "folder in memory (tmpfs)"
+            )
+        try:
+            for folder in (_root(self.base), self.path.parent, self.path):
+                folder.mkdir(mode=0o700, exist_ok=True)
+                _check_owner(folder)
+            for name in ("layouts", "beats", "verdicts"):
+                (self.path / name).mkdir(mode=0o700, exist_ok=True)
+            if token is not None or not self.token_path.exists():
+                self.replace(self.token_path, (token or secrets.token_hex(32)).encode())
+        except OSError as error:
+            raise CheckpointError(f"the folder of snapshots {self.path} could not be made: {error}") from error
+        return self
+
+    def replace(self, path: Path, data: bytes) -> None:
+        """Write a file of this folder so that readers see the old bytes or the new ones."""
+        partial = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}")
+        fd = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        try:
+            with open(fd, "wb") as stream:
+                stream.write(data)
+            os.replace(partial, path)
+        except OSError:
+            partial.unlink(missing_ok=True)
+            raise
+
+    def remove(self) -> None:
+        """Remove the folder, and what is above it if nothing else is there."""
+        shutil.rmtree(self.path, ignore_errors=True)
+        for folder in (self.path.parent, _root(self.base)):
+            with contextlib.suppress(OSError):  # other nodes, or other jobs
+                folder.rmdir()
+
+    # -- who is who -------------------------------------------------------------------------------------------------
+
+    @property
+    def token_path(self) -> Path:
+        return self.path / "token"
+
+    def read_token(self) -> str:
+        """Return the job's token as it is now.
+
+        Raises: CheckpointError if there is none
+        """
+        data = _read(self.token_path)
+        if data is None:
+            raise CheckpointError(f"{self.token_path} is missing: nobody can prove that it belongs to job {self.job}")
+        return data.decode().strip()
+
+    @property
+    def smp_path(self) -> Path:
+        return self.path / "smp.json"
+
+    def read_smp(self) -> SnapshotProcess | None:
+        """Return who said last that it serves this folder, alive or not."""
+        values = _json(self.smp_path)
+        try:
+            return None if values is None else SnapshotProcess(**values)
+        except TypeError:
+            return None
+
+    def write_smp(self, process: SnapshotProcess) -> None:
+        self.replace(self.smp_path, json.dumps(vars(process)).encode())
+
+    @property
+    def lease_path(self) -> Path:
+        return self.path / "lease"
+
+    def touch_lease(self) -> None:
+        """Say that somebody needs this folder."""
+        self.replace(self.lease_path, str(os.getpid()).encode())
+
+    def lease_age_s(self) -> float:
+        """Return the seconds since somebody needed this folder."""
+        for path in (self.lease_path, self.path):
+            with contextlib.suppress(FileNotFoundError):
+                return time.time() - path.stat().st_mtime
+        return float("inf")
+
+    # -- generations ------------------------------------------------------------------------------------------------
+
+    def read_generation(self) -> int:
+        """Return the newest generation this node has heard of; 0 if none."""
+        data = _read(self.path / "generation")
+        return int.from_bytes(data[:8], "little") if data else 0
+
+    def raise_generation(self, generation: int) -> int:
+        """Make the node's generation at least this one; return what it is now. It never falls."""
+        fd = os.open(self.path / "generation", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX)  # held for microseconds, and gone with its holder
+            now = max(int.from_bytes(os.pread(fd, 8, 0), "little"), generation)
+            os.pwrite(fd, now.to_bytes(8, "little"), 0)
+            return now
+        finally:
+            os.close(fd)
+
+    def membership_path(self, generation: int) -> Path:
+        return self.path / f"membership-{generation}.json"
+
+    def memberships(self) -> list[int]:
+        """Return the generations whose membership is known here, oldest first."""
+        names = (re.fullmatch(r"membership-(\d+)\.json", p.name) for p in _entries(self.path))
+        return sorted(int(found[1]) for found in names if found)
+
+    # -- layouts, beats, verdicts -----------------------------------------------------------------------------------
+
+    def layout_path(self, digest: str) -> Path:
+        if not re.fullmatch(r"[0-9a-f]{32}", digest):
+            raise CheckpointError(f"{digest!r} is not the digest of a layout (32 hexadecimal digits)")
+        return self.path / "layouts" / f"{digest}.json"
+
+    def put_layout(self, layout: Layout) -> None:
+        """Keep a layout under its digest."""
+        path = self.layout_path(layout.digest)
+        if not path.exists():
+            self.replace(path, layout.dump())
+
+    def read_layout(self, digest: str) -> Layout | None:
+        """Return the layout of this digest, None if it is not here.
+
+        Raises: CheckpointError if it is damaged
+        """
+        data = _read(self.layout_path(digest))
+        return None if data is None else Layout.parse(data, digest)
+
+    def beat_path(self, rank: int) -> Path:
+        return self.path / "beats" / f"{rank:05d}"
+
+    def beating(self) -> dict[int, Path]:
+        """Return the heartbeat files of this node by rank."""
+        return {int(p.name): p for p in sorted(_entries(self.path / "beats")) if p.name.isdigit()}
+
+    def verdict_path(self, rank: int) -> Path:
+        return self.path / "verdicts" / f"{rank:05d}.json"
+
+    # -- segments ---------------------------------------------------------------------------------------------------
+
+    def segment_path(self, role: str, rank: int, slot_bytes: int, num_slots: int, table_chunks: int) -> Path:
+        return self.path / f"{role}-{rank:05d}-{slot_bytes}x{num_slots}-{table_chunks}.seg"
+
+    def segments(self) -> list[SegmentFile]:
+        """Return the segments that are here, also of ranks and sizes that are of an older generation."""
+        found = ((path, _SEGMENT.fullmatch(path.name)) for path in sorted(_entries(self.path)))
+        return [SegmentFile(path, f[1], int(f[2]), int(f[3]), int(f[4]), int(f[5])) for path, f in found if f]
+
+    def room(self) -> int:
+        """Return the bytes that can still be had: of the file system, and of the memory in which it lies."""
+        disk = os.statvfs(self.base)
+        return min(disk.f_bavail * disk.f_frsize, _memory_left())
+
+    def check_room(self, num_bytes: int, what: str) -> None:
+        """Raise CheckpointError unless this many more bytes can be had, with what would work."""
+        free = self.room() - SPARE_BYTES
+        if num_bytes <= free:
+            return
+        held = sum(s.path.stat().st_size for s in self.segments())
+        raise CheckpointError(
+            f"snapshot.folder = '{self.base}' on {self.node}: {what} need {_mib(num_bytes)}, {_mib(max(free, 0))} can "
+            f"be had (segments of this job hold {_mib(held)}). Give it {_mib(num_bytes - max(free, 0))} more (a larger "
+            "tmpfs or memory limit), use more ranks per replica, snapshot.slots=2, or snapshot.every=0 for none"
+        )
+
+
+def _root(base: Path) -> Path:
+    return Path(base) / f"windlass-{os.getuid()}"
+
+
+def _check_owner(folder: Path) -> None:
+    found = folder.lstat()
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or stat.S_IMODE(found.st_mode) & 0o077:
+        raise CheckpointError(
+            f"{folder} must be a folder of user {os.getuid()} that nobody else can enter (mode 0700); it belongs to "
+            f"user {found.st_uid} with mode {stat.S_IMODE(found.st_mode):o}. Remove it, or use another snapshot.folder"
+        )
+
+
+def _read(path: Path) -> bytes | None:
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        return None
+
+
+def _json(path: Path) -> dict[str, Any] | None:
+    data = _read(path)
+    try:
+        return None if data is None else dict(json.loads(data))
+    except (ValueError, TypeError):
+        return None
+
+
+def _entries(folder: Path) -> Iterator[Path]:
+    try:
+        yield from folder.iterdir()
+    except FileNotFoundError:
+        return
+
+
+def _memory_left() -> int:
+    """Return the memory that the host, and the control group this process is in, can still give."""
+    found = re.search(r"^MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text(), re.MULTILINE)
+    left = int(found[1]) * 1024 if found else 1 << 62
+    group = Path("/sys/fs/cgroup")
+    with contextlib.suppress(OSError, ValueError):  # no such group, or "max"
+        limit = int((group / "memory.max").read_text())
+        left = min(left, limit - int((group / "memory.current").read_text()))
+    return left
+
+
+def _mib(num_bytes: int) -> str:
+    return f"{num_bytes / 2**20:,.1f} MiB"
+
+
+def list_jobs(base: Path) -> list[NodeFolder]:
+    """Return the node folders of all jobs of this user below `base`."""
+    return [
+        NodeFolder(Path(base), job.name, node.name)
+        for job in sorted(_entries(_root(base)))
+        if job.is_dir()
+        for node in sorted(_entries(job))
+        if node.is_dir() and _NAME.fullmatch(job.name) and _NAME.fullmatch(node.name)
+    ]
+
+
+def collect_garbage(base: Path, lease_s: float) -> list[NodeFolder]:
+    """Remove the folders that nobody has needed for `lease_s` and that no living process serves or trains in.
+
+    Return them.
+    """
+    removed = []
+    for folder in list_jobs(base):
+        process = folder.read_smp()
+        beats = [read_heartbeat(path) for path in folder.beating().values()]
+        alive = (process is not None and process.alive) or any(b and is_alive(b.pid, b.started) for b in beats)
+        if not alive and folder.lease_age_s() > lease_s:
+            folder.remove()
+            removed.append(folder)
+    return removed

@@ -1,0 +1,127 @@
+"""Which ranks protect each other: groups over failure domains, planned before anything is sent.
+
+Pure functions of who sits where. Must not know: segments, sockets, how parity is computed.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping, Sequence
+
+from windlass.dist.errors import PlanError
+
+AUTO_GROUP = 8  # members; more save little memory and make a second loss in one group likely
+MAX_GROUP = 32  # blocks of a stripe that pyeclib can code
+Groups = tuple[tuple[int, ...], ...]
+
+
+def num_parity(scheme: str, k: int, n: int) -> int:
+    """Return how many members a group of n can lose, which is also how many parity blocks each of them holds.
+
+    A group smaller than asked for keeps as much as it can: two members hold copies of each other.
+    """
+    if scheme == "none" or n < 2:
+        return 0
+    return {"replica": n - 1, "xor": 1, "reed_solomon": min(k, n - 1)}[scheme]
+
+
+def memory_factor(scheme: str, k: int, n: int) -> float:
+    """Return the bytes of memory that a group of n uses per byte of data."""
+    return n / (n - num_parity(scheme, k, n))
+
+
+def failure_units(nodes: Sequence[str], domains: Mapping[str, str]) -> list[str]:
+    """Return for each rank what is lost as one: its failure domain, or its node where there is only one domain."""
+    found = [domains.get(node, node) for node in nodes]
+    return found if len(set(found)) > 1 else list(nodes)
+
+
+def plan_groups(
+    nodes: Sequence[str],
+    domains: Mapping[str, str],
+    scheme: str,
+    group_size: int = 0,
+    k: int = 1,
+    *,
+    within: Iterable[Sequence[int]] | None = None,
+    degraded: bool = False,
+) -> Groups:
+    """Put every rank in a group; `nodes[r]` is the node of rank r, `domains` the failure domain of a node.
+
+    No two members of a group share a failure domain, and the groups differ in size by at most one. `group_size` 0
+    takes as many as there are domains, at most 8; for replica it is k+1. With `within` no group crosses one of these
+    sets of ranks (replicas that can make parity of each other's bytes). `degraded` takes what the domains allow
+    instead of raising: for a job that goes on with fewer nodes than it was planned for.
+
+    Raises: PlanError if a group cannot be as large as asked for, with the size that can
+    """
+    if scheme == "none":
+        return tuple((rank,) for rank in range(len(nodes)))
+    units = failure_units(nodes, domains)
+    groups: list[tuple[int, ...]] = []
+    for ranks in [range(len(nodes))] if within is None else within:
+        here = [units[rank] for rank in ranks]
+        available = len(set(here))
+        size = _size(scheme, group_size, k, available, degraded)
+        # Dealt out in the order of domains, the ranks of one domain fall into different groups.
+        num_groups = max(-(-len(here) // size), *Counter(here).values())
+        order = sorted(ranks, key=lambda rank: (units[rank], rank))
+        groups += [tuple(sorted(order[i::num_groups])) for i in range(num_groups)]
+    if sorted(rank for group in groups for rank in group) != list(range(len(nodes))):
+        raise PlanError(f"redundancy groups within {within}: these sets do not hold each of {len(nodes)} ranks once")
+    return tuple(sorted(groups))
+
+
+def _size(scheme: str, group_size: int, k: int, available: int, degraded: bool) -> int:
+    """Return the members of a group, given the number of failure domains."""
+    wanted = group_size or (k + 1 if scheme == "replica" else max(min(AUTO_GROUP, available), k + 1))
+    least = {"replica": k + 1, "xor": 2, "reed_solomon": k + 1}[scheme]
+    if degraded or available == 1:  # one failure domain: nothing to choose; `weaknesses` says so
+        return max(min(wanted, available, MAX_GROUP), 1)
+    if group_size > MAX_GROUP:
+        raise PlanError(f"snapshot.group = {group_size}: at most {MAX_GROUP} members can be coded together")
+    if wanted > available:
+        raise PlanError(
+            f"snapshot.redundancy = '{scheme}' with snapshot.group = {group_size} and snapshot.parity = {k} needs "
+            f"groups of {wanted} failure domains, but there are {available}. "
+            + (f"Use snapshot.group = {available} or 0 (auto)." if available >= least else _fitting(scheme, available))
+        )
+    if wanted < least:
+        raise PlanError(
+            f"snapshot.group = {group_size} with snapshot.redundancy = '{scheme}' and snapshot.parity = {k}: a group "
+            f"needs at least {least} members. Use snapshot.group = {least} or 0 (auto)."
+        )
+    return wanted
+
+
+def _fitting(scheme: str, available: int) -> str:
+    parity = "" if scheme == "xor" else f"snapshot.parity = {available - 1} or "
+    return f"Use {parity}at least as many nodes in different failure domains."
+
+
+def weaknesses(groups: Groups, nodes: Sequence[str], domains: Mapping[str, str], scheme: str, k: int) -> list[str]:
+    """Say in sentences what the groups do not protect from, for the log; empty if all is as asked for."""
+    if scheme == "none":
+        return []
+    if len(set(nodes)) == 1:
+        return [f"snapshot.redundancy = '{scheme}': all ranks are on node {nodes[0]}; nothing survives its loss"]
+    found = []
+    if len({domains.get(node, node) for node in nodes}) == 1:
+        found.append(
+            f"snapshot.redundancy = '{scheme}': all nodes are in the failure domain '{domains.get(nodes[0], nodes[0])}'"
+            "; snapshots survive the loss of a node, not of the domain"
+        )
+    alone = [group[0] for group in groups if len(group) == 1]
+    if alone:
+        found.append(f"snapshot.redundancy = '{scheme}': no other failure domain is left to protect ranks {alone}")
+    wanted = 1 if scheme == "xor" else k
+    weak = [group for group in groups if len(group) > 1 and num_parity(scheme, k, len(group)) < wanted]
+    if weak:
+        found.append(f"snapshot.parity = {k}: groups {weak} are too small and survive {len(weak[0]) - 1} lost members")
+    return found
+
+
+def restorable(groups: Groups, scheme: str, k: int, missing: Collection[int]) -> bool:
+    """Return whether the data of all ranks can be had when the data and parity of the missing ones are gone."""
+    lost = set(missing)
+    return all(len(lost & set(group)) <= num_parity(scheme, k, len(group)) for group in groups)

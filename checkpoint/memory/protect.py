@@ -1,0 +1,181 @@
+"""Brings the data of this node's ranks from FILLED to ENCODED: parity made, or nothing to be made.
+
+A slot is ENCODED only when everything that its loss would need is here: parity of the rank's group, the hash tables
+and facts of all its members, and their layouts. Must not know: torch, who votes, sockets (nodes are asked by name).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+from windlass.checkpoint.memory.encode import encode_slot, seal_slot
+from windlass.checkpoint.memory.folder import NodeFolder
+from windlass.checkpoint.memory.header import SlotHeader, State
+from windlass.checkpoint.memory.layout import Layout
+from windlass.checkpoint.memory.pace import Pace
+from windlass.checkpoint.memory.peers import Peers
+from windlass.checkpoint.memory.segment import Segment, Slot, num_chunks
+from windlass.checkpoint.memory.slots import DATA, PARITY, NodeSlots
+from windlass.checkpoint.memory.stripes import Stripes
+from windlass.checkpoint.memory.term import Term
+from windlass.dist.env import fault
+from windlass.dist.errors import CheckpointError
+
+ATTEMPTS = 3  # with all peers there: then the step is given up
+
+
+class Protector:
+    """Protects the steps of one generation, newest first. One thread."""
+
+    def __init__(
+        self, folder: NodeFolder, slots: NodeSlots, term: Term, peers: Peers, log: Callable[[str], None]
+    ) -> None:
+        self.folder, self.slots, self.term, self.peers, self._log = folder, slots, term, peers, log
+        self._pace = Pace(term.settings.link_bytes_per_s)
+        self._failures: dict[int, int] = {}  # by step
+        self.problem = ""
+
+    def next_step(self) -> int | None:
+        """Return the newest step of which all data is here and not all of it protected."""
+        decree = self.term.decree
+        states = self.slots.states(self.term.generation, self.term.ranks)
+        if not states:
+            return None
+        common = set.intersection(*(set(steps) for steps in states.values()))
+        todo = [
+            step
+            for step in common
+            if step > max(decree.watermark, decree.dropped)
+            and all(State.FILLED <= steps[step] <= State.ENCODED for steps in states.values())
+            and any(steps[step] == State.FILLED for steps in states.values())
+        ]
+        return max(todo, default=None)
+
+    def protect(self, step: int) -> bool:
+        """Make this node's data of a step ENCODED; False when that did not work now.
+
+        Blocks: host, for other nodes, at most the peer timeout each time
+        """
+        try:
+            for rank in self.term.ranks:
+                fault("smp.encode", rank=rank, step=step)
+                self._protect_rank(rank, step)
+                fault("smp.encoded", rank=rank, step=step)
+        except CheckpointError as error:
+            self.problem = str(error)
+            self._failed(step, self.problem)
+            return False
+        self._failures.pop(step, None)
+        self.problem = ""
+        return True
+
+    def _failed(self, step: int, why: str) -> None:
+        """Give a step up that fails although every peer answers: it would occupy its slots for ever."""
+        if self.peers.silent():
+            return
+        self._failures[step] = self._failures.get(step, 0) + 1
+        if self._failures[step] >= ATTEMPTS:
+            del self._failures[step]
+            freed = self.slots.abort(self.term.generation, step, self.term.ranks)
+            self._log(f"step {step} of ranks {freed} cannot be protected and is given up: {why}")
+
+    def _protect_rank(self, rank: int, step: int) -> None:
+        found = self.slots.find(DATA, rank, step, self.term.generation)
+        if found is None or found[1].state != State.FILLED:
+            return
+        stripes = self.term.membership.stripes_of(rank)
+        if stripes is not None:
+            headers = {member: self._header_of(member, step) for member in stripes.ranks if member != rank}
+            headers[rank] = found[1]
+            for member, header in headers.items():
+                self._fetch_layout(member, header.layout)
+            if self.term.membership.local_parity:
+                self._seal(stripes, rank, step, headers)
+            else:
+                self._encode(stripes, rank, step, headers)
+        if not self.slots.advance(found[0], found[1], State.ENCODED):
+            raise CheckpointError(f"rank {rank}: the slot of step {step} was filled anew while it was protected")
+
+    def _encode(self, stripes: Stripes, rank: int, step: int, headers: dict[int, SlotHeader]) -> None:
+        if (done := self.slots.find(PARITY, rank, step, self.term.generation)) is not None:
+            if done[1].state >= State.ENCODED:
+                return
+            done[0].free(done[1])  # the work of a process that was killed
+        slot = self._free_slot(stripes, rank, headers)
+
+        def fetch(member: int, role: str, offset: int, into: memoryview) -> None:
+            self._read(member, step, offset, into)
+
+        try:
+            encode_slot(slot, stripes, rank, headers, fetch, sequence=slot.sequence, pace=self._pace)
+        except CheckpointError:
+            torn = slot.header()
+            if torn is not None and torn.state == State.FILLING:
+                slot.free(torn)
+            raise
+
+    def _seal(self, stripes: Stripes, rank: int, step: int, headers: dict[int, SlotHeader]) -> None:
+        """Complete the header of parity that the trainer has made while it copied."""
+        found = self.slots.find(PARITY, rank, step, self.term.generation)
+        if found is None:
+            raise CheckpointError(f"rank {rank}: its trainer has not made the parity of step {step}")
+        if found[1].state < State.ENCODED:
+            seal_slot(found[0], stripes, rank, headers)
+
+    def _free_slot(self, stripes: Stripes, rank: int, headers: dict[int, SlotHeader]) -> Slot:
+        self.slots.free_orphans(self.term.generation)
+        data = self.slots.current(DATA, rank)
+        assert data is not None
+        sizes = (stripes.parity_bytes, *stripes.sizes)
+        words = sum(num_chunks(size, stripes.chunk_bytes) for size in sizes)
+        path = self.folder.segment_path(PARITY, rank, stripes.parity_bytes, data.num_slots, words)
+        segment = next((s.segment for s in self.slots.shelves() if s.segment.path == path), None)
+        if segment is None:
+            chunk, num_slots = stripes.chunk_bytes, data.num_slots
+            Segment.ensure(path, PARITY, rank, stripes.parity_bytes, num_slots, chunk, words).close()
+            self.slots.refresh()
+            segment = next(s.segment for s in self.slots.shelves() if s.segment.path == path)
+        for slot in segment.slots:
+            header = self.slots.header(slot)
+            if header is None or header.state <= State.FILLING:  # torn: nobody but this thread fills parity here
+                return slot
+        raise CheckpointError(f"rank {rank}: no slot for parity is free yet")
+
+    # -- from other nodes --------------------------------------------------------------------------------------------
+
+    def _node_of(self, rank: int) -> str:
+        return self.term.membership.members[rank].node
+
+    def _slot_fields(self, rank: int, step: int) -> dict[str, object]:
+        return {"rank": rank, "role": DATA, "step": step, "slot_generation": self.term.generation}
+
+    def _header_of(self, rank: int, step: int) -> SlotHeader:
+        """Return the header of a member's data once that is hashed."""
+        timeout_s = self.term.settings.peer_timeout_s
+        end = time.monotonic() + timeout_s
+        fields = {**self._slot_fields(rank, step), "wait_s": timeout_s / 2}
+        while True:  # twice, because a request must be answered within the time given to peers
+            answer, payload = self.peers.ask(self._node_of(rank), "header", fields)
+            if answer.get("header"):
+                return SlotHeader.parse(answer["header"], payload)
+            if answer.get("gone"):
+                raise CheckpointError(f"rank {rank} on {self._node_of(rank)} has no snapshot of step {step}")
+            if time.monotonic() >= end:
+                raise CheckpointError(
+                    f"rank {rank} on {self._node_of(rank)} had not finished its snapshot of step {step} "
+                    f"within {timeout_s:g} s"
+                )
+
+    def _read(self, rank: int, step: int, offset: int, into: memoryview) -> None:
+        fields = {**self._slot_fields(rank, step), "offset": offset, "length": into.nbytes}
+        _, payload = self.peers.ask(self._node_of(rank), "read", fields, into=into)
+        if payload.nbytes != into.nbytes:
+            raise CheckpointError(f"rank {rank}: asked for {into.nbytes} bytes, got {payload.nbytes}")
+        if self._node_of(rank) == self.folder.node:
+            into[:] = payload
+
+    def _fetch_layout(self, rank: int, digest: str) -> None:
+        if not self.folder.layout_path(digest).exists():
+            _, payload = self.peers.ask(self._node_of(rank), "layout", {"digest": digest})
+            self.folder.put_layout(Layout.parse(bytes(payload), digest))

@@ -1,0 +1,325 @@
+"""Segments: the preallocated files in a node's memory in which snapshots rest, one per rank and role, cut in slots.
+
+    page 0      geometry of the file, written once
+    slot 0..    words page: [0] sequence of the header that holds, [64] progress of a fill in bytes
+                header copy 0, header copy 1: magic, sequence, length, xxh3_64, JSON, hash tables
+                data: `slot_bytes`
+
+A header is written into the copy that does not hold, and then one aligned 8-byte store of its sequence makes it hold:
+a process killed at any instant leaves the old header or the new one. A header that begins a fill (or frees the slot)
+also wipes the other copy before a byte of data changes, so no header ever speaks of data that is not its own.
+Plain files and mmap, because a killed process must not take the memory with it, as multiprocessing's would.
+Must not know: torch, who fills slots, who reads them, networks.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import mmap
+import os
+import struct
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xxhash
+
+from windlass.checkpoint.memory.header import FACTS_BYTES, SlotHeader, State, pack, unpack
+from windlass.dist.errors import CheckpointError
+
+PAGE = 4096
+_FILE = struct.Struct("<8sQQ")  # magic, length, xxh3_64
+_FILE_MAGIC = b"WLSEG001"
+_HEAD = struct.Struct("<QQQQ")  # magic, sequence, length, xxh3_64
+_MAGIC = int.from_bytes(b"WLSLOT01", "little")
+_PROGRESS = 8  # index of the progress word: on a cache line of its own
+
+
+def _seal(sequence: int, body: bytes) -> int:
+    return xxhash.xxh3_64_intdigest(_HEAD.pack(_MAGIC, sequence, len(body), 0) + body)
+
+
+class Slot:
+    """One snapshot of one rank.
+
+    Invariant: whoever has written FILLING is the only one who writes `data` and `progress`, until COPIED
+    """
+
+    def __init__(self, segment: Segment, index: int) -> None:
+        self.segment, self.index = segment, index
+        start = PAGE + index * segment.stride
+        end = start + PAGE + 2 * segment.header_bytes
+        self._words = segment.memory[start : start + PAGE].view("<u8")
+        self._copies = [
+            segment.memory[low : low + segment.header_bytes] for low in (start + PAGE, end - segment.header_bytes)
+        ]
+        self.data = segment.memory[end : end + segment.slot_bytes]
+        self._writing = threading.Lock()
+
+    @property
+    def sequence(self) -> int:
+        """The number of the header that holds: it grows with every header and every `free`."""
+        return int(self._words[0])
+
+    @property
+    def progress(self) -> int:
+        """How many bytes of a fill are there, from the first on."""
+        return int(self._words[_PROGRESS])
+
+    @progress.setter
+    def progress(self, num_bytes: int) -> None:
+        self._words[_PROGRESS] = num_bytes
+
+    def header(self) -> SlotHeader | None:
+        """Return what the slot holds; None if nothing, or nothing that can be trusted."""
+        for _ in range(8):  # the holding copy is only overwritten once another one holds: then look again
+            sequence = self.sequence
+            # The older copy counts where the newer is damaged: it was wiped unless it speaks of the same data.
+            found = self._read(sequence) or self._read(sequence - 1)
+            if self.sequence == sequence:
+                return None if found is None else replace(found, sequence=sequence)
+        return None
+
+    def _read(self, sequence: int) -> SlotHeader | None:
+        copy = self._copies[sequence % 2]
+        magic, number, length, seal = _HEAD.unpack_from(copy.data)
+        if magic != _MAGIC or number != sequence or sequence < 1 or length > len(copy) - _HEAD.size:
+            return None
+        body = copy[_HEAD.size : _HEAD.size + length].tobytes()
+        if _seal(sequence, body) != seal:
+            return None
+        header = replace(unpack(body), sequence=sequence)
+        return header if header.num_bytes <= len(self.data) else None
+
+    def write(self, header: SlotHeader, wait_s: float = 1.0) -> bool:
+        """Make this header hold; False if the slot has moved on since `header` was read, or another writer is busy.
+
+        A header without a sequence is written whatever the slot holds.
+
+        Blocks: host, for another writer of this slot, up to `wait_s`
+        Raises: CheckpointError if it does not fit
+        """
+        body = pack(header)
+        hashes, room = sum(len(table) for table in header.hashes.values()), self.segment.table_chunks
+        if hashes > room or header.num_bytes > len(self.data):
+            raise CheckpointError(
+                f"{self.segment.path}: {hashes} hashes for {header.num_bytes} bytes of data do not fit into a slot "
+                f"made for {room} and {len(self.data)}: make the segment with larger table_chunks or slot_bytes"
+            )
+        with self._alone(wait_s) as alone:
+            now = self.sequence
+            if not alone or header.sequence not in (-1, now):
+                return False
+            copy = self._copies[(now + 1) % 2]
+            copy[_HEAD.size : _HEAD.size + len(body)] = np.frombuffer(body, np.uint8)
+            head = _HEAD.pack(_MAGIC, now + 1, len(body), _seal(now + 1, body))
+            copy[: _HEAD.size] = np.frombuffer(head, np.uint8)
+            if header.state <= State.FILLING:
+                self.progress = 0
+            self._words[0] = now + 1
+            if header.state <= State.FILLING:
+                self._wipe(now)
+            return True
+
+    def free(self, header: SlotHeader | None = None, wait_s: float = 1.0) -> bool:
+        """Make the slot hold nothing; False as `write` (with `header`: only if that is still what it holds)."""
+        with self._alone(wait_s) as alone:
+            now = self.sequence
+            if not alone or (header is not None and header.sequence != now):
+                return False
+            self._words[0] = now + 1
+            self._wipe(now)
+            self._wipe(now + 1)
+            return True
+
+    def _wipe(self, sequence: int) -> None:
+        self._copies[sequence % 2][:8].view("<u8")[0] = 0
+
+    @contextlib.contextmanager
+    def _alone(self, wait_s: float) -> Iterator[bool]:
+        """Exclude other writers: threads by a lock, processes by a lock of the file that dies with its holder."""
+        deadline = time.monotonic() + wait_s
+        got = self._writing.acquire(timeout=wait_s) if wait_s > 0 else self._writing.acquire(blocking=False)
+        locked = got and self._lock(fcntl.F_WRLCK)
+        while got and not locked and time.monotonic() < deadline:
+            time.sleep(0.0002)
+            locked = self._lock(fcntl.F_WRLCK)
+        try:
+            yield locked
+        finally:
+            if locked:
+                self._lock(fcntl.F_UNLCK)
+            if got:
+                self._writing.release()
+
+    def _lock(self, kind: int) -> bool:
+        wish = struct.pack("hhqqi0q", kind, os.SEEK_SET, self.index, 1, 0)
+        try:
+            fcntl.fcntl(self.segment.fd, fcntl.F_OFD_SETLK, wish)
+        except BlockingIOError:
+            return False
+        return True
+
+
+class Segment:
+    """The slots of one rank and role.
+
+    Invariant: every page is there and mapped, so no copy is slowed by a first touch or killed by a full file system
+    """
+
+    def __init__(self, path: Path, fd: int, geometry: Mapping[str, Any], *, writable: bool) -> None:
+        self.path, self.fd, self.writable = path, fd, writable
+        self.role, self.rank = str(geometry["role"]), int(geometry["rank"])
+        self.slot_bytes, self.num_slots = int(geometry["slot_bytes"]), int(geometry["num_slots"])
+        self.chunk_bytes, self.table_chunks = int(geometry["chunk_bytes"]), int(geometry["table_chunks"])
+        self.header_bytes = _header_bytes(self.table_chunks)
+        self.stride = _stride(self.slot_bytes, self.table_chunks)
+        protection = mmap.PROT_READ | (mmap.PROT_WRITE if writable else 0)
+        size = segment_bytes(self.slot_bytes, self.num_slots, self.table_chunks)
+        self._map = mmap.mmap(fd, size, mmap.MAP_SHARED | mmap.MAP_POPULATE, protection)
+        self.memory = np.frombuffer(self._map, np.uint8)
+        self.slots = tuple(Slot(self, i) for i in range(self.num_slots))
+
+    @staticmethod
+    def create(
+        path: Path, role: str, rank: int, slot_bytes: int, num_slots: int, chunk_bytes: int, table_chunks: int
+    ) -> Segment:
+        """Make a segment of free slots, with all its memory; `table_chunks`: hashes a header has room for.
+
+        Blocks: host, while the system clears the pages
+        Raises: CheckpointError if the memory cannot be had, or the file is there
+        """
+        needed = segment_bytes(slot_bytes, num_slots, table_chunks)
+        geometry: dict[str, Any] = {"role": role, "rank": rank, "slot_bytes": slot_bytes, "num_slots": num_slots}
+        geometry |= {"chunk_bytes": chunk_bytes, "table_chunks": table_chunks}
+        body = json.dumps(geometry).encode()
+        partial = path.with_name(f".{path.name}.{os.getpid()}")
+        fd = os.open(partial, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        try:
+            # Allocates now: a page that cannot be had later would kill the process that touches it (SIGBUS).
+            os.posix_fallocate(fd, 0, needed)
+            os.pwrite(fd, _FILE.pack(_FILE_MAGIC, len(body), xxhash.xxh3_64_intdigest(body)) + body, 0)
+            os.link(partial, path)
+        except OSError as error:
+            raise CheckpointError(
+                f"segment {path} of {needed} bytes ({num_slots} slots of {slot_bytes}) could not be made: {error}. Use "
+                "fewer snapshot.slots, or a snapshot.folder with more room"
+            ) from error
+        finally:
+            os.close(fd)
+            os.unlink(partial)
+        return Segment.open(path, writable=True)
+
+    @staticmethod
+    def ensure(
+        path: Path, role: str, rank: int, slot_bytes: int, num_slots: int, chunk_bytes: int, table_chunks: int
+    ) -> Segment:
+        """Map the segment that is there with what it holds, or make it; one whose first page is damaged is replaced."""
+        try:
+            return Segment.open(path, writable=True)
+        except FileNotFoundError:
+            return Segment.create(path, role, rank, slot_bytes, num_slots, chunk_bytes, table_chunks)
+        except CheckpointError:  # nobody can read it
+            path.unlink(missing_ok=True)
+            return Segment.create(path, role, rank, slot_bytes, num_slots, chunk_bytes, table_chunks)
+
+    @staticmethod
+    def open(path: Path, writable: bool = False) -> Segment:
+        """Map a segment that is there.
+
+        Raises: CheckpointError if it is no segment or not whole; FileNotFoundError
+        """
+        fd = os.open(path, (os.O_RDWR if writable else os.O_RDONLY) | os.O_CLOEXEC)
+        try:
+            page = os.pread(fd, PAGE, 0)
+            magic, length, seal = _FILE.unpack_from(page)
+            body = page[_FILE.size : _FILE.size + length]
+            if magic != _FILE_MAGIC or xxhash.xxh3_64_intdigest(body) != seal:
+                raise ValueError("its first page is damaged")
+            return Segment(path, fd, json.loads(body), writable=writable)
+        except (ValueError, KeyError, struct.error, OSError) as error:
+            os.close(fd)
+            raise CheckpointError(f"{path} is not a whole segment: {error}. Its snapshots are lost") from error
+
+    def close(self) -> None:
+        """Close the file. The memory stays mapped as long as somebody holds `data` of a slot."""
+        if self.fd < 0:
+            return
+        os.close(self.fd)
+        self.fd, self.slots = -1, ()
+        del self.memory
+        with contextlib.suppress(BufferError):  # views of it are still held: it is unmapped with the last of them
+            self._map.close()
+
+
+def _header_bytes(table_chunks: int) -> int:
+    return _round(_HEAD.size + FACTS_BYTES + 8 * table_chunks)
+
+
+def _stride(slot_bytes: int, table_chunks: int) -> int:
+    return PAGE + 2 * _header_bytes(table_chunks) + _round(slot_bytes)
+
+
+def _round(num_bytes: int) -> int:
+    return -(-num_bytes // PAGE) * PAGE
+
+
+def segment_bytes(slot_bytes: int, num_slots: int, table_chunks: int) -> int:
+    """Return the size of a segment's file."""
+    return PAGE + num_slots * _stride(slot_bytes, table_chunks)
+
+
+def num_chunks(num_bytes: int, chunk_bytes: int) -> int:
+    """Return in how many chunks this many bytes are hashed."""
+    return -(-num_bytes // chunk_bytes)
+
+
+def hash_chunks(data: np.ndarray, num_bytes: int, chunk_bytes: int, first: int = 0) -> np.ndarray:
+    """Return xxh3_64 of each chunk from number `first` on; the last may be shorter."""
+    view = data.data
+    return np.array(
+        [
+            xxhash.xxh3_64_intdigest(view[low : min(low + chunk_bytes, num_bytes)])
+            for low in range(first * chunk_bytes, num_bytes, chunk_bytes)
+        ],
+        dtype="<u8",
+    )
+
+
+def verify(slot: Slot, header: SlotHeader) -> list[int]:
+    """Return the numbers of the chunks whose bytes are not those that were hashed (all, if the slot was refilled).
+
+    Raises: CheckpointError if the slot was never hashed
+    """
+    table = header.hashes.get(header.own_key)
+    if table is None or len(table) != header.num_chunks:
+        raise CheckpointError(
+            f"rank {header.rank}, {header.role} of step {header.step} ({header.state.name}): not hashed, so nothing "
+            "vouches for its bytes"
+        )
+    found = hash_chunks(slot.data, header.num_bytes, header.chunk_bytes)
+    if header.sequence >= 0 and slot.sequence > header.sequence:
+        now = slot.header()
+        if now is None or (now.generation, now.step) != (header.generation, header.step):
+            return list(range(header.num_chunks))
+    return [int(i) for i in np.flatnonzero(found != table)]
+
+
+def pick_slot(segment: Segment, generation: int) -> tuple[Slot, int] | None:
+    """Choose the slot to fill next, and say at which number it was found so: one that holds nothing, or one that a
+    dead generation left half filled. None: there is none now, skip this snapshot.
+
+    Whoever commits snapshots frees what they replace, so nothing that may be the newest is ever chosen.
+    """
+    for slot in segment.slots:
+        sequence = slot.sequence
+        header = slot.header()
+        if header is None or (header.state == State.FILLING and header.generation < generation):
+            return slot, sequence
+    return None

@@ -1,0 +1,165 @@
+"""This node's part in making a step durable: its data is written by a thread, the leader asks how far it is.
+
+Must not know: which steps are due, the other nodes, how files look (persist.py).
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from windlass.checkpoint.memory.header import State
+from windlass.checkpoint.memory.membership import Membership
+from windlass.checkpoint.memory.segment import Slot
+from windlass.checkpoint.memory.slots import DATA, PARITY, NodeSlots
+from windlass.dist.errors import CheckpointError
+
+STORAGE, LOCAL = "storage", "local"
+LEVELS = (STORAGE, LOCAL)
+
+
+class Persister(Protocol):
+    """Writes the slots of a node to a level, in two phases (windlass.checkpoint.persist has it)."""
+
+    def begin(self, level: str, step: int, generation: int, membership: Membership) -> str: ...
+
+    def prepare(
+        self,
+        level: str,
+        step: int,
+        generation: int,
+        temporary: str,
+        membership: Membership,
+        data: dict[int, Slot],
+        parity: dict[int, Slot],
+    ) -> dict[str, Any]: ...
+
+    def commit(
+        self,
+        level: str,
+        step: int,
+        generation: int,
+        temporary: str,
+        rows: dict[str, dict[str, Any]],
+        membership: Membership,
+    ) -> str: ...
+
+    def abandon(self, level: str, temporary: str) -> None: ...
+
+    def newest(self, level: str) -> int | None: ...
+
+    def sweep(self, generation: int) -> None: ...
+
+    def fence(self, generation: int) -> None: ...
+
+
+@dataclass
+class _Task:
+    asked: str
+    temporary: str
+    thread: threading.Thread | None = None
+    rows: dict[str, Any] = field(default_factory=dict)
+    problem: str = ""
+
+
+class Writing:
+    """What this node writes in one generation, at most one step of each level at a time. Any thread."""
+
+    def __init__(
+        self,
+        membership: Membership,
+        node: str,
+        slots: NodeSlots,
+        persister: Persister,
+        log: Callable[[str], None],
+    ) -> None:
+        self.membership, self.node, self.persister = membership, node, persister
+        self._slots, self._log = slots, log
+        self._tasks: dict[tuple[str, int], _Task] = {}
+        self._lock = threading.Lock()
+
+    def start(self, level: str, step: int, temporary: str) -> dict[str, Any]:
+        """Begin to write a step. A request that came twice changes nothing.
+
+        Blocks: no
+        """
+        with self._lock:
+            known = self._tasks.get((level, step))
+            if known is not None and (known.asked == temporary or _runs(known)):
+                return {}
+            task = self._tasks[level, step] = _Task(temporary, temporary)
+            task.thread = threading.Thread(
+                target=self._write, args=(level, step, task), name=f"snapshot-{level}", daemon=True
+            )
+            task.thread.start()
+            return {}
+
+    def _write(self, level: str, step: int, task: _Task) -> None:
+        generation = self.membership.generation
+        try:
+            with self._slots.pinned(generation, step):
+                data, parity = self._of(step, DATA), self._of(step, PARITY)
+                missing = [m.rank for m in self.membership.by_node[self.node] if m.rank not in data]
+                if missing:
+                    raise CheckpointError(f"ranks {missing} of node {self.node} hold no protected step {step}")
+                if level == LOCAL:
+                    task.temporary = self.persister.begin(level, step, generation, self.membership)
+                task.rows = self.persister.prepare(
+                    level, step, generation, task.temporary, self.membership, data, parity
+                )
+        except (CheckpointError, OSError) as error:
+            task.problem = f"node {self.node}: {error}"
+        except Exception as error:
+            task.problem = f"node {self.node}: {type(error).__name__}: {error}"
+            self._log(f"writing step {step} to {level} failed: {task.problem}")
+
+    def _of(self, step: int, role: str) -> dict[int, Slot]:
+        at = (self.membership.generation, step)
+        return {
+            h.rank: slot
+            for slot, h in self._slots.held(role)
+            if (h.generation, h.step) == at and h.state >= State.ENCODED
+        }
+
+    def poll(self, level: str, step: int) -> tuple[dict[str, Any], bytes | None]:
+        """Say how far a step is: `done` with `rows`, or a `problem`; not `known` to a process that was
+        started since."""
+        task = self._tasks.get((level, step))
+        if task is None:
+            return {"known": False}, None
+        done = not _runs(task)
+        rows = json.dumps(task.rows).encode() if done else None  # as payload: a row may be of megabytes
+        return {"known": True, "done": done, "problem": task.problem if done else ""}, rows
+
+    def commit_local(self, step: int) -> dict[str, Any]:
+        """Make what this node has written to its drives count."""
+        generation = self.membership.generation
+        with self._lock:
+            task = self._tasks.get((LOCAL, step))
+            if task is None or _runs(task) or task.problem:
+                raise CheckpointError(f"node {self.node} has not written step {step} to its drives")
+            if task.temporary:
+                place = self.persister.commit(
+                    LOCAL, step, generation, task.temporary, {self.node: task.rows}, self.membership
+                )
+                self._log(f"step {step} is in {place}")
+                task.temporary = ""
+        return {}
+
+    def forget(self, level: str, step: int) -> dict[str, Any]:
+        """Drop what is known of a step that is done or given up; local files that do not count yet go with it."""
+        with self._lock:
+            task = self._tasks.get((level, step))
+            if task is None or _runs(task):
+                return {}
+            del self._tasks[level, step]
+        if level == LOCAL and task.temporary:
+            self.persister.abandon(level, task.temporary)
+        return {}
+
+
+def _runs(task: _Task) -> bool:
+    return task.thread is not None and task.thread.is_alive()

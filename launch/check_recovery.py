@@ -1,0 +1,146 @@
+"""What the keys of snapshots, checkpoints and recovery must fulfil together, before any process starts.
+
+Must not know: how snapshots are taken, protected or restored.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from windlass.dist.errors import ConfigError
+from windlass.dist.mesh import Mesh
+from windlass.launch.job import Loaded
+
+WITHOUT_PEERS = ("group", "parity")
+WITHOUT_PROCESS = ("slots", "folder", "bucket_bytes", "chunk_bytes", "link_bytes_per_s", "lease_s", "peer_timeout_s")
+
+
+def uses_snapshots(loaded: Loaded) -> bool:
+    """Tell whether a snapshot process runs beside the workers of this job."""
+    return needs_process(loaded.config.snapshot.every, loaded.config.checkpoint.mode)
+
+
+def needs_process(snapshot_every: int, checkpoint_mode: str) -> bool:
+    """Tell the same from the two keys that decide it."""
+    return snapshot_every > 0 or checkpoint_mode != "sync"
+
+
+def check_recovery(loaded: Loaded, mesh: Mesh, *, to_run: bool) -> None:
+    """Check snapshots, background checkpoints and recovery.
+
+    Raises:      ConfigError naming the key and what would work
+    """
+    _check_snapshots(loaded, mesh)
+    _check_levels(loaded)
+    _check_restarts(loaded, mesh)
+    if to_run and uses_snapshots(loaded):
+        _check_folders(loaded)
+
+
+def _check_snapshots(loaded: Loaded, mesh: Mesh) -> None:
+    snapshot = loaded.config.snapshot
+    if not uses_snapshots(loaded):
+        for name in ("redundancy", *WITHOUT_PEERS, *WITHOUT_PROCESS):
+            _unused(loaded, f"snapshot.{name}", "without snapshots (snapshot.every = 0 and checkpoint.mode = 'sync')")
+    elif snapshot.redundancy == "none":
+        for name in WITHOUT_PEERS:
+            _unused(loaded, f"snapshot.{name}", "with snapshot.redundancy = 'none'")
+    elif snapshot.redundancy == "xor":
+        _unused(loaded, "snapshot.parity", "with snapshot.redundancy = 'xor', which has one parity block")
+    if snapshot.every > loaded.config.train.steps:
+        raise ConfigError(
+            f"{loaded.at('snapshot.every')}: more than train.steps = {loaded.config.train.steps}, so none is ever "
+            "taken. Use 1 for one after every step."
+        )
+    if snapshot.chunk_bytes % 64 or snapshot.bucket_bytes % snapshot.chunk_bytes:
+        raise ConfigError(
+            f"{loaded.at('snapshot.chunk_bytes')}: must be a multiple of 64 that divides snapshot.bucket_bytes = "
+            f"{snapshot.bucket_bytes}. Use 1048576."
+        )
+    size = {"replica": snapshot.parity + 1, "reed_solomon": snapshot.parity + 2}.get(snapshot.redundancy, 2)
+    if snapshot.redundancy != "none" and snapshot.group and snapshot.group < size:
+        raise ConfigError(
+            f"{loaded.at('snapshot.group')}: snapshot.redundancy = '{snapshot.redundancy}' with snapshot.parity = "
+            f"{snapshot.parity} needs groups of {size} nodes or more. Use snapshot.group=0 or {size}."
+        )
+    if snapshot.redundancy == "replica" and snapshot.group not in (0, size):
+        raise ConfigError(
+            f"{loaded.at('snapshot.group')}: with snapshot.redundancy = 'replica' a group is one node and its "
+            f"snapshot.parity = {snapshot.parity} copies. Use snapshot.group=0."
+        )
+    if snapshot.redundancy != "none" and mesh.world_size < size:
+        raise ConfigError(
+            f"{loaded.at('snapshot.redundancy')}: needs at least {size} workers, there are {mesh.world_size}. Use "
+            f"snapshot.redundancy=none, or launch.workers={size} on as many nodes."
+        )
+
+
+def _check_levels(loaded: Loaded) -> None:
+    checkpoint, snapshot = loaded.config.checkpoint, loaded.config.snapshot
+    if checkpoint.mode == "sync":
+        for name in ("url", "local_every", "local_dir", "bandwidth_bytes_per_s"):
+            _unused(
+                loaded, f"checkpoint.{name}", "with checkpoint.mode = 'sync'. Use lazy: the snapshot process writes"
+            )
+    if bool(checkpoint.local_every) != bool(checkpoint.local_dir):
+        raise ConfigError(
+            f"{loaded.at('checkpoint.local_every')} and {loaded.at('checkpoint.local_dir')}: give both, such as "
+            "checkpoint.local_every=10 checkpoint.local_dir=/nvme/windlass, or none."
+        )
+    # Levels meet on common steps, so that one snapshot serves all that are due.
+    finer = snapshot.every or 1
+    for name in ("local_every", "every"):
+        every = getattr(checkpoint, name)
+        if every and every % finer and checkpoint.mode != "sync":
+            below = "checkpoint.local_every" if finer != (snapshot.every or 1) else "snapshot.every"
+            raise ConfigError(
+                f"{loaded.at(f'checkpoint.{name}')}: must be a multiple of {below} = {finer}, the cadence of the level "
+                f"before it. Use {every // finer * finer or finer}."
+            )
+        finer = every or finer
+    if checkpoint.url and "://" not in checkpoint.url:
+        raise ConfigError(
+            f"{loaded.at('checkpoint.url')}: must be a URL such as s3://bucket/run or file:///mnt/run. Without one, "
+            "checkpoints go to the run folder."
+        )
+
+
+def _check_restarts(loaded: Loaded, mesh: Mesh) -> None:
+    recovery = loaded.config.recovery
+    if not recovery.max_restarts:
+        for name in ("min_workers", "replace_s", "grow_s", "crash_loops", "node_failures", "fork_server"):
+            _unused(loaded, f"recovery.{name}", "with recovery.max_restarts = 0, which gives up at once")
+    if recovery.min_workers > mesh.world_size:
+        raise ConfigError(f"{loaded.at('recovery.min_workers')}: there are only {mesh.world_size} workers. Use fewer.")
+    if not recovery.min_workers:
+        _unused(loaded, "recovery.grow_s", "with recovery.min_workers = 0: there are never fewer workers")
+    if not recovery.spike_factor:
+        for name in ("spike_window", "spike_back", "spike_attempts"):
+            _unused(loaded, f"recovery.{name}", "with recovery.spike_factor = 0")
+    elif recovery.spike_factor <= 1:
+        raise ConfigError(f"{loaded.at('recovery.spike_factor')}: must be greater than 1, or 0 for never. Use 3.")
+    elif not (loaded.config.checkpoint.every or loaded.config.checkpoint.local_every):
+        raise ConfigError(
+            f"{loaded.at('recovery.spike_factor')}: there is nothing to go back to: memory holds the last steps only. "
+            "Set checkpoint.every as well, such as checkpoint.every=50."
+        )
+
+
+def _check_folders(loaded: Loaded) -> None:
+    config = loaded.config
+    for path in ("snapshot.folder", "checkpoint.local_dir"):
+        value = loaded.value(path)
+        if value and not (Path(value).is_dir() and os.access(value, os.W_OK | os.X_OK)):
+            what = "is no folder" if not Path(value).is_dir() else "may not be written by this user"
+            works = "/dev/shm" if path == "snapshot.folder" else "a folder on a local drive"
+            raise ConfigError(f"{loaded.at(path)}: {what}. Use {works}.")
+    if config.checkpoint.url:
+        from windlass.checkpoint.storage import check_url
+
+        check_url(config.checkpoint.url)
+
+
+def _unused(loaded: Loaded, path: str, why: str) -> None:
+    if path in loaded.given:
+        raise ConfigError(f"{loaded.at(path)}: has no effect {why}. Remove it, or change that.")

@@ -1,0 +1,70 @@
+"""`windlass drill`: break something on purpose while a job runs, and see what came of it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from windlass.launch.cli.train import CLUSTER_HELP, JOB_HELP, OVERRIDES, check_ray, launch_in_ray
+
+HELP = """Run a job and break something on purpose: prints what was decided, what was lost and what it took.
+
+KIND=TARGET@step=N breaks the target once step N is done. Kinds: rank (SIGKILL) and stop (SIGSTOP: a hang) of a rank;
+node (everything of it is killed and its memory deleted), zombie (cut off, its processes live on), reboot (killed, its
+memory stays), smp (its snapshot process) and agent of a node; controller. Without Ray, launch.nodes and launch.spares
+emulate nodes on this machine. The run gets recovery.max_restarts = what the drill needs, unless the job says more.
+Exit code 0 only if the run finished and every strike was made.
+
+Examples:
+
+    windlass drill job.yaml --kill rank=1@step=20 launch.workers=2 snapshot.every=1
+
+    windlass drill resilient --kill smp=0@step=9 --kill node=0@step=20
+
+    windlass drill resilient --ray local --kill rank=1@step=8 --kill node=0@step=20
+"""
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command."""
+    app.command("drill", help=HELP, context_settings=OVERRIDES)(drill)
+
+
+def drill(
+    ctx: typer.Context,
+    job: Annotated[str, typer.Argument(metavar="JOB [KEY=VALUE]...", help=JOB_HELP)],
+    kill: Annotated[list[str], typer.Option("--kill", metavar="KIND=TARGET@step=N", help="What to break and when.")],
+    ray: Annotated[str, typer.Option(help="local: emulate nodes with Ray here; auto or HOST:PORT: a cluster")] = "",
+    cluster: Annotated[Path | None, typer.Option(help=CLUSTER_HELP)] = None,
+) -> None:
+    from dataclasses import replace
+
+    from windlass.launch.check import check_job
+    from windlass.launch.check_recovery import uses_snapshots
+    from windlass.launch.config import load_job
+    from windlass.launch.control_log import ControlLog
+    from windlass.launch.drill import Strike, all_done, check_strikes, drill_table, outcomes
+    from windlass.launch.local_run import run_controlled
+
+    strikes = [Strike.parse(text) for text in kill]
+    loaded = load_job(job, ctx.args, cluster=cluster)
+    config = loaded.config
+    if config.recovery.max_restarts < len(strikes):
+        recovery = replace(config.recovery, max_restarts=len(strikes))
+        config = replace(config, recovery=recovery)
+        loaded = replace(loaded, config=config)
+    check_job(loaded, config.launch.workers)
+    check_strikes(strikes, workers=config.launch.workers, steps=config.train.steps, processes=uses_snapshots(loaded))
+    if ray:
+        check_ray()
+        code = launch_in_ray(loaded, address=ray, strikes=strikes)
+    else:
+        code = run_controlled(loaded, strikes)
+    records = ControlLog(Path(config.train.run_dir)).since_launch()
+    typer.echo(drill_table(outcomes(records)))
+    done = all_done(strikes, records)
+    if not done:
+        typer.echo("not every strike was made", err=True)
+    raise typer.Exit(code or int(not done))

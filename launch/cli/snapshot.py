@@ -1,0 +1,122 @@
+"""`windlass snapshot`: what this host's memory holds of a run. Needs no devices and changes nothing, but for gc."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from windlass.checkpoint.memory.folder import NodeFolder
+
+app = typer.Typer(
+    help="List, verify and show the snapshots that this host's memory holds of a run.\n\n"
+    "Example: windlass snapshot ls runs/tiny",
+    no_args_is_help=True,
+)
+
+Run = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")]
+Base = Annotated[Path, typer.Option("--folder", help="snapshot.folder of the job.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+SHM = Path("/dev/shm")
+
+
+@app.command("ls", help="List the snapshots of a run, newest first.\n\nExample: windlass snapshot ls runs/tiny")
+def list_command(run: Run, base: Base = SHM, as_json: AsJson = False) -> None:
+    from windlass.launch.snapshot_view import list_slots, node_lines, slot_table
+
+    folders = _folders(run, base)
+    slots = [row for folder in folders for row in list_slots(folder)]
+    if as_json:
+        typer.echo(json.dumps([row.as_json() for row in slots], indent=1))
+        return
+    for line in [*(line for folder in folders for line in node_lines(folder)), *slot_table(slots)]:
+        typer.echo(line)
+
+
+@app.command(
+    "verify",
+    help="Read every byte and compare it with its checksum. Exit code 8 names damage.\n\n"
+    "Example: windlass snapshot verify runs/tiny",
+)
+def verify_command(run: Run, base: Base = SHM) -> None:
+    from windlass.dist.errors import CheckpointError
+    from windlass.launch.snapshot_view import verify_slots
+
+    damaged = 0
+    for folder in _folders(run, base):
+        for name, problem in verify_slots(folder):
+            damaged += problem not in ("", "filling")
+            typer.echo(f"{name}: {problem or 'valid'}")
+    if damaged:
+        raise typer.Exit(CheckpointError.exit_code)
+
+
+@app.command(
+    "show",
+    help="Show what the snapshots of one step hold, as JSON: facts, tensors, members and groups.\n\n"
+    "Example: windlass snapshot show runs/tiny --step 20",
+)
+def show_command(
+    run: Run,
+    step: Annotated[int | None, typer.Option(min=0, help="The step (default: the newest one).")] = None,
+    base: Base = SHM,
+) -> None:
+    from windlass.dist.errors import CheckpointError
+    from windlass.launch.snapshot_view import show_step
+
+    shown = show_step(_folders(run, base), step)
+    if not shown:
+        raise CheckpointError(f"{run}: no snapshot{'' if step is None else f' of step {step}'} in {base} of this host")
+    typer.echo(json.dumps(shown, indent=1))
+
+
+@app.command(
+    "gc",
+    help="Remove the snapshots of a run that nobody needs, or without RUN those of every run whose lease is over. "
+    "Nothing is removed that a living process serves or trains in.\n\n"
+    "Examples:\n\n"
+    "    windlass snapshot gc runs/tiny\n\n"
+    "    windlass snapshot gc",
+)
+def gc_command(
+    run: Annotated[Path | None, typer.Argument(metavar="[RUN]", help="A run folder.")] = None,
+    base: Base = SHM,
+    lease_s: Annotated[float, typer.Option(min=0, help="Seconds since anybody needed them, without RUN.")] = 1800.0,
+) -> None:
+    from windlass.checkpoint.memory.folder import collect_garbage
+    from windlass.dist.errors import CheckpointError
+    from windlass.launch.snapshot_view import users_of
+
+    if run is None:
+        for folder in collect_garbage(base, lease_s):
+            typer.echo(f"removed {folder.path}")
+        return
+    folders = _folders(run, base)
+    for folder in folders:
+        if users := users_of(folder):
+            raise CheckpointError(f"{folder.path} is in use by {users}. End them first, or wait for the lease")
+    for folder in folders:
+        folder.remove()
+        typer.echo(f"removed {folder.path}")
+
+
+def _folders(run: Path, base: Path) -> list[NodeFolder]:
+    """Return the folders of this run on this host.
+
+    Raises:      CheckpointError if there are none
+    """
+    from windlass.checkpoint.memory.folder import list_jobs
+    from windlass.dist.errors import CheckpointError
+    from windlass.launch.control_log import job_of
+
+    job = job_of(run)
+    found = [folder for folder in list_jobs(base) if folder.job == job]
+    if not found:
+        raise CheckpointError(
+            f"{run}: this host holds no snapshots of it in {base} (job {job}). Give the run folder as the job had it "
+            "(train.run_dir), and --folder if it had another snapshot.folder"
+        )
+    return found

@@ -1,0 +1,294 @@
+"""The memory of a run's control: an append-only log that decisions are replayed from, and the workers' phase reports.
+
+    RUN/control/
+      log.jsonl            one record per line, each with the checksum of the rest
+      phases-<g>.jsonl     when each rank of generation g began, met the others, loaded, finished its first step
+      token                what processes of this job prove to each other; readable by the user alone
+
+A record is durable before anything is done about it. Must not know: what is decided, who runs the workers, torch.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import secrets
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal, final
+
+import xxhash
+
+from windlass.dist.errors import CheckpointError, WorkerError
+
+Kind = Literal[
+    "launch",  # a user started the run: budgets begin anew
+    "generation",  # a new generation; everything before it is fenced off
+    "decision",  # who sits where, or why the run ends
+    "start",  # workers were started
+    "failure",  # workers failed
+    "lost",  # and it turned out that these nodes are gone
+    "planned",  # workers were asked to end so that they can go on elsewhere
+    "recovered",  # the first step after a restart is done
+    "struck",  # a drill is about to break something on purpose
+    "blow",  # and this is what it did
+    "notice",  # something that did not stop training, such as a snapshot process that was replaced
+    "rollback",  # training went back to an earlier step on its own
+    "skip",  # batches [first, last) are left out from now on
+    "end",
+]
+Record = dict[str, Any]
+Phase = Literal["began", "imported", "met", "found", "loaded", "first_step"]
+PHASES: tuple[Phase, ...] = ("began", "imported", "met", "found", "loaded", "first_step")
+
+
+def control_folder(run: Path) -> Path:
+    """Return where the control of a run writes."""
+    return run / "control"
+
+
+def job_of(run: Path | str) -> str:
+    """Name a job by its run folder: whoever starts in it again finds its snapshots."""
+    return hashlib.sha256(str(Path(run).resolve()).encode()).hexdigest()[:16]
+
+
+def job_token(run: Path) -> str:
+    """Return the secret of a run, made at its first use.
+
+    Raises:      CheckpointError if it can be neither read nor made
+    """
+    path = control_folder(run) / "token"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        draft = path.with_name(f".token.{os.getpid()}.{secrets.token_hex(4)}")
+        with open(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+            file.write(secrets.token_hex(32))
+            file.flush()
+            os.fsync(file.fileno())
+        try:
+            os.link(draft, path)  # the first one wins, and is whole when it appears
+        except FileExistsError:
+            pass
+        finally:
+            draft.unlink()
+        return path.read_text(encoding="ascii").strip()
+    except OSError as error:
+        raise CheckpointError(
+            f"'{path}': {error.strerror}. The run folder must be writable and support hard links"
+        ) from error
+
+
+def encode(record: Mapping[str, Any]) -> bytes:
+    """Write a record as one line that carries its own checksum."""
+    text = json.dumps(record, separators=(",", ":"), allow_nan=False)
+    return f'{{"xxh3":"{xxhash.xxh3_64_hexdigest(text.encode())}","record":{text}}}\n'.encode()
+
+
+def decode(line: bytes) -> Record | None:
+    """Read a line back, or return None if it is not whole."""
+    try:
+        record = json.loads(line)["record"]
+    except (ValueError, KeyError, TypeError):
+        return None
+    return record if isinstance(record, dict) and encode(record) == line else None
+
+
+@final
+class ControlLog:
+    """The records of one run, also those that other processes of it append.
+
+    Invariant:   `append` returns only when the record is durable. A line that a crash cut off was never acted upon and
+                 is removed by the next append.
+    Raises:      CheckpointError if the log cannot be read, or a line before the last one is damaged
+    """
+
+    def __init__(self, run: Path) -> None:
+        self.path = control_folder(run) / "log.jsonl"
+        self.records: list[Record] = []
+        self._end = 0  # bytes of whole records
+        self._mine = 0  # the generation this process began
+        self.refresh()
+
+    @property
+    def generation(self) -> int:
+        """The newest generation, 0 before the first."""
+        return max((r["generation"] for r in self.records if r["kind"] == "generation"), default=0)
+
+    def refresh(self) -> list[Record]:
+        """Read what others appended and return it."""
+        try:
+            with open(self.path, "rb") as file:
+                file.seek(self._end)
+                lines = file.read().splitlines(keepends=True)
+        except FileNotFoundError:
+            return []
+        except OSError as error:
+            raise CheckpointError(f"'{self.path}': {error.strerror}. It must be readable to go on") from error
+        found = []
+        for place, line in enumerate(lines):
+            record = decode(line)
+            if record is None:
+                if place < len(lines) - 1:
+                    raise CheckpointError(
+                        f"'{self.path}': line {len(self.records) + 1} is damaged and others follow it. Move the file "
+                        "away to begin a new history of this run; checkpoints and snapshots stay usable"
+                    )
+                break
+            self._end += len(line)
+            self.records.append(record)
+            found.append(record)
+        return found
+
+    def append(self, kind: Kind, **facts: Any) -> Record:
+        """Add a record durably and return it.
+
+        Raises:      WorkerError if another process has begun a newer generation since ours: we are fenced off
+        """
+        with self._locked() as fd:
+            self.refresh()
+            if self._mine and self.generation > self._mine:
+                raise WorkerError(
+                    f"generation {self._mine} is over: another process began generation {self.generation} of this run "
+                    f"('{self.path}'). This one ends"
+                )
+            return self._write(fd, {"kind": kind, "time": time.time(), "generation": self.generation, **facts})
+
+    def bump(self, *, at_least: int = 1, by: str = "") -> int:
+        """Begin a new generation durably and return its number. Call before anything else of a recovery."""
+        with self._locked() as fd:
+            self.refresh()
+            self._mine = max(self.generation + 1, at_least)
+            self._write(fd, {"kind": "generation", "time": time.time(), "generation": self._mine, "by": by})
+            return self._mine
+
+    def adopt(self) -> None:
+        """Go on as the owner of the newest generation, for a process that is gone."""
+        self.refresh()
+        self._mine = self.generation
+
+    def _write(self, fd: int, record: Record) -> Record:
+        line = encode(record)
+        os.ftruncate(fd, self._end)
+        try:
+            if os.pwrite(fd, line, self._end) != len(line):
+                raise OSError(28, "not enough space for a whole record")
+            os.fsync(fd)
+        except OSError as error:
+            os.ftruncate(fd, self._end)
+            raise CheckpointError(
+                f"'{self.path}': {error.strerror}. Free some space: control must be durable"
+            ) from None
+        self._end += len(line)
+        self.records.append(record)
+        return record
+
+    @contextmanager
+    def _locked(self) -> Iterator[int]:
+        new = not self.path.exists()
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        except OSError as error:
+            raise CheckpointError(f"'{self.path}': {error.strerror}. Give a run folder that can be written") from error
+        try:
+            if new:
+                _sync_folder(self.path.parent)
+            fcntl.flock(fd, fcntl.LOCK_EX)  # held for one append; the kernel drops it with its process
+            yield fd
+        finally:
+            os.close(fd)
+
+    def skips(self) -> list[tuple[int, int]]:
+        """Return the samples that are left out, as ranges [first, last) of the undisturbed order."""
+        return [(r["first"], r["last"]) for r in self.records if r["kind"] == "skip"]
+
+    def left(self) -> dict[int, int]:
+        """Return, for every generation that ended by going back, to which step that was.
+
+        Steps above it of that and older generations belong to a history that nobody goes on from.
+        """
+        return {r["generation"]: r["step"] for r in self.records if r["kind"] == "rollback"}
+
+    def limit(self) -> int | None:
+        """Return the step to which the run goes back now; None once a later generation has done a step, or if it
+        does not.
+        """
+        limit = None
+        for record in self.records:
+            if record["kind"] == "rollback":
+                limit = record["step"]
+            elif record["kind"] == "recovered":
+                limit = None
+        return limit
+
+    def since_launch(self) -> list[Record]:
+        """Return the records since a user started the run, all of them where no launcher writes such a record."""
+        starts = [place for place, record in enumerate(self.records) if record["kind"] == "launch"]
+        return self.records[starts[-1] :] if starts else list(self.records)
+
+    def restarted(self) -> bool:
+        """Tell whether the newest generation is not the first one since the run was started."""
+        return sum(record["kind"] == "generation" for record in self.since_launch()) > 1
+
+    def num_rollbacks(self) -> int:
+        """Return how often the run has gone back since it was started."""
+        return sum(record["kind"] == "rollback" for record in self.since_launch())
+
+
+def _sync_folder(folder: Path) -> None:
+    for path in (folder, folder.parent):
+        fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+
+
+@final
+class PhaseLog:
+    """How far this rank has come in its start, for whoever measures recoveries.
+
+    Invariant:   never raises: reports must not stop a run
+    """
+
+    def __init__(self, run: Path, generation: int, rank: int) -> None:
+        self.path = phases_path(run, generation)
+        self._who = {"generation": generation, "rank": rank}
+
+    def mark(self, phase: Phase, when: float | None = None, **facts: Any) -> None:
+        """Report a phase as done now or at `when` (Unix seconds), with facts such as step and tier."""
+        line = json.dumps({"phase": phase, "time": time.time() if when is None else when, **self._who, **facts}) + "\n"
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            fd = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            try:
+                os.write(fd, line.encode())  # one write: lines of several ranks do not mix
+            finally:
+                os.close(fd)
+        except OSError:
+            return
+
+
+def phases_path(run: Path, generation: int) -> Path:
+    return control_folder(run) / f"phases-{generation}.jsonl"
+
+
+def read_phases(run: Path, generation: int) -> list[Record]:
+    """Return the reports of all ranks of a generation in the order of writing, whole lines only."""
+    try:
+        lines = phases_path(run, generation).read_bytes().splitlines()
+    except OSError:
+        return []
+    found = []
+    for line in lines:
+        try:
+            report = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(report, dict) and report.get("generation") == generation and "phase" in report:
+            found.append(report)
+    return found

@@ -1,0 +1,387 @@
+"""Keeps a job running: begin a generation, fence the one before, decide, start workers, watch them, and again.
+
+Every step is in the control log before it is done, so a controller that is started anew goes on where the last one
+was. Must not know: what a node or a worker is (the fleet does), what is decided why (`decide` does).
+"""
+
+from __future__ import annotations
+
+import secrets
+import signal
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, final
+
+from windlass.dist.errors import (
+    ConfigError,
+    DataError,
+    ModelError,
+    NumericsError,
+    PlanError,
+    WindlassError,
+    WorkerError,
+)
+from windlass.launch.control_log import ControlLog
+from windlass.launch.decide import Failed, History, Limits, Restart, Stop, Wait, decide
+from windlass.launch.drill import Strike, pending
+from windlass.launch.failure import Exit, Failure, format_failures, order_failures
+from windlass.launch.fleet import Fleet, Seating
+from windlass.launch.history import Recovery, StepWatch, describe, measure, write_history
+from windlass.launch.recovery import RecoveryConfig
+from windlass.launch.supervisor import StopCount, WorkerGroup, conclude, supervise
+
+REPORT_S = 0.5  # a lost peer is noticed within milliseconds; recovery does not wait for the slowest report
+FLUSH_SHARE = 0.4  # of the time from SIGTERM to the end, kept for making the newest snapshot durable
+LOOK_S = 0.25  # between looks at nodes that are waited for, and at reports of a start
+AIM_S = 0.01  # between looks at the step while a drill waits for one
+MISTAKES = tuple(kind.exit_code for kind in (ConfigError, PlanError, DataError, ModelError, NumericsError))
+
+
+@dataclass(frozen=True)
+class Patience:
+    """How long the controller waits for what. Units: seconds."""
+
+    grace_s: float = 30.0  # from the first SIGTERM to the end
+    grow_s: float = 0.0  # between looks for room to grow
+
+
+def limits_of(config: RecoveryConfig, workers: int, sizes: Sequence[int]) -> Limits:
+    """Return the limits of recovery for a job that works with these numbers of workers."""
+    return Limits(
+        workers, tuple(sizes), config.max_restarts, config.crash_loops, config.node_failures, config.replace_s
+    )
+
+
+@final
+class Controller:
+    """Runs the workers of one job on a fleet until they are done or recovery gives up.
+
+    `launch` names one start by a user: a controller that finds it in the log takes over from one that died, with its
+    budgets and what is left of its drill; any other begins anew.
+    """
+
+    def __init__(
+        self,
+        fleet: Fleet,
+        log: ControlLog,
+        limits: Limits,
+        patience: Patience,
+        run: Path,
+        *,
+        variables: Mapping[str, str] | None = None,
+        strikes: Sequence[Strike] = (),
+        launch: str = "",
+        say: Callable[[str], None] | None = None,
+    ) -> None:
+        self._fleet, self._log, self._limits, self._patience, self._run = fleet, log, limits, patience, run
+        self._variables = dict(variables or {})
+        self._strikes = list(strikes)
+        self._launch = launch or secrets.token_hex(8)
+        self._say = say or _to_stderr
+        self._steps = StepWatch(run)
+        self._seating: Seating | None = None
+        self._generation = 0
+        self._recovery: Recovery | None = None  # under way, until its first step is done
+        self._planned = ""
+        self._looked = self._grew = 0.0
+
+    def run(self, stop: StopCount) -> int:
+        """Run the job and return its exit code.
+
+        Blocks:      host, until the job has ended
+        Raises:      CheckpointError if the log cannot be written; WorkerError if another controller took over
+        """
+        code = 1
+        ended: list[int] = []
+        try:
+            code = self._take_over(ended, stop) if self._known() else self._begin(stop)
+            return code
+        finally:
+            if not ended:
+                self._end(code)
+
+    def _known(self) -> bool:
+        return any(r["kind"] == "launch" and r["launch"] == self._launch for r in self._log.records)
+
+    def _begin(self, stop: StopCount) -> int:
+        self._log.append("launch", launch=self._launch, workers=self._limits.workers)
+        return self._keep_running([], stop)
+
+    def _take_over(self, ended: list[int], stop: StopCount) -> int:
+        """Go on where a controller of the same launch died; `ended`: with what it had ended, if it had."""
+        records = self._log.since_launch()
+        ended += [record["code"] for record in records if record["kind"] == "end"]
+        if ended:
+            return ended[-1]
+        self._strikes = pending(self._strikes, records)
+        self._generation, self._seating = self._log.generation, self._history().seating
+        exits: list[Exit] = []
+        running = bool(records) and records[-1]["kind"] not in ("failure", "lost", "planned", "generation", "decision")
+        group = self._fleet.attach(self._generation, self._seating) if running and self._seating else None
+        if group is not None:
+            self._say(f"windlass: a new controller takes over generation {self._generation}")
+            self._log.adopt()
+            exits = self._watch(group, stop)
+            code = self._judge(exits, stop)
+            if code >= 0:
+                return code
+        return self._keep_running(exits, stop)
+
+    def _keep_running(self, exits: list[Exit], stop: StopCount) -> int:
+        """Start the workers as often as needed; `exits`: how those before ended."""
+        while True:
+            started = self._start(exits, stop)
+            if isinstance(started, int):
+                return started
+            exits = started
+            code = self._judge(exits, stop)
+            if code >= 0:
+                return code
+
+    def _start(self, exits: list[Exit], stop: StopCount) -> list[Exit] | int:
+        """Begin a generation and return how its workers ended, or the exit code of the job if it does not begin."""
+        generation = self._log.bump(by="controller")
+        failed = self._record_end(exits, stop)
+        self._fleet.fence(generation)
+        fenced = time.time()
+        if failed is not None and failed.kind != "planned":
+            failed = self._look_for_lost_nodes(failed)
+        decision = self._decide(stop)
+        if stop.count:
+            return self._stopped([], stop)
+        if isinstance(decision, Stop):
+            return self._give_up(decision, exits)
+        self._log.append("decision", action="restart", nodes=list(decision.seating.nodes), why=decision.why)
+        self._pause(decision.pause_s, stop)
+        if stop.count:
+            return self._stopped([], stop)
+        if failed is not None:
+            self._recovery = Recovery(generation, failed, decision.why, fenced, time.time())
+        self._generation, self._seating = generation, decision.seating
+        self._steps.begin()
+        try:
+            group = self._fleet.start(generation, decision.seating, self._variables)
+        except WorkerError as error:
+            fault = Failure(0, time.time(), f"the workers do not start: {error}", "", error.exit_code, False, "start")
+            return [Exit(0, error.exit_code, time.time(), fault, stopped=False)]
+        self._log.append("start", workers=decision.seating.world_size)
+        return self._watch(group, stop)
+
+    def _watch(self, group: WorkerGroup, stop: StopCount) -> list[Exit]:
+        """Watch workers until all have ended."""
+        self._planned = ""
+        self._grew = time.monotonic()
+        try:
+            return supervise(
+                group,
+                0.0,
+                stop,
+                report_s=REPORT_S,
+                deadline_s=self._patience.grace_s * (1 - FLUSH_SHARE),
+                tend=self._tend,
+                look_s=AIM_S if self._strikes else 0.1,
+            )
+        finally:
+            group.send(range(group.num_workers), signal.SIGKILL)
+            self._look_at_start(last=True)
+
+    def _judge(self, exits: list[Exit], stop: StopCount) -> int:
+        """Return the exit code of the job, or -1 if it goes on."""
+        self._log.refresh()
+        if stop.count:
+            return self._stopped(exits, stop)
+        back = [r for r in self._log.records if r["kind"] == "rollback" and r["generation"] == self._generation]
+        failures = order_failures(exits)
+        if back and all(failure.secondary or failure.exit_code == NumericsError.exit_code for failure in failures):
+            self._planned = back[-1].get("why", "") or f"going back to step {back[-1]['step']}"
+            self._say(f"windlass: {self._planned}")
+        elif failures:
+            self._planned = ""
+        return -1 if failures or self._planned else 0
+
+    # -- while workers run ------------------------------------------------------------------------------------------
+
+    def _tend(self, whole: bool) -> bool:
+        """Look after the fleet, and return whether workers shall end to go on elsewhere; `whole`: all of them run."""
+        if whole:
+            self._strike()
+        now = time.monotonic()
+        if now - self._looked >= LOOK_S:
+            self._looked = now
+            for news in self._fleet.tend():
+                self._log.append("notice", message=news)
+                self._say(f"windlass: {news}")
+            self._look_at_start()
+            self._planned = self._planned or (self._wish() if whole else "")
+        return bool(self._planned)
+
+    def _strike(self) -> None:
+        """Do what the drill wants at this step."""
+        while self._strikes and self._steps.last() >= self._strikes[0].step:
+            strike = self._strikes.pop(0)
+            # Written first: a strike may hit the controller itself, and is not to be repeated then.
+            self._log.append("struck", what=strike.kind, target=strike.target, at=strike.step)
+            try:
+                message, done = self._fleet.strike(strike.kind, strike.target), True
+            except ConfigError as error:
+                message, done = str(error), False
+            self._log.append("blow", message=message, done=done)
+            self._say(f"windlass: drill {strike}: {message}")
+
+    def _wish(self) -> str:
+        """Return why workers should move now, although none has failed."""
+        assert self._seating is not None
+        nodes = self._fleet.nodes()
+        leaving = [n.name for n in nodes if n.alive and n.drain_deadline is not None and n.name in self._seating.used]
+        short = self._seating.world_size < self._limits.workers
+        look = self._patience.grow_s and short and time.monotonic() - self._grew >= self._patience.grow_s
+        if not leaving and not look:
+            return ""
+        self._grew = time.monotonic()
+        wish = decide(self._history(), nodes, self._limits, waited_s=self._limits.replace_s)
+        if not isinstance(wish, Restart) or wish.seating == self._seating:
+            return ""
+        if not leaving and wish.seating.world_size <= self._seating.world_size:
+            return ""
+        why = f"{', '.join(leaving)} will be taken away" if leaving else "there is room again"
+        self._say(f"windlass: {why}: workers finish their step and move ({wish.why})")
+        return why
+
+    def _look_at_start(self, *, last: bool = False) -> None:
+        """Once the workers have done their first step, tell what the recovery took."""
+        if self._recovery is None:
+            return
+        struck = [r["time"] for r in self._log.since_launch() if r["kind"] == "struck"]
+        measured = measure(self._run, self._recovery, struck)
+        if measured.done:
+            self._log.append("recovered", **measured.as_record())
+            self._say(describe(measured))
+            self._write_history()
+        if measured.done or last:
+            self._recovery = None
+
+    # -- between generations ----------------------------------------------------------------------------------------
+
+    def _history(self) -> History:
+        return History.of(self._log.records)
+
+    def _record_end(self, exits: list[Exit], stop: StopCount) -> Failed | None:
+        """Write down why the workers ended, first of all; what is known of nodes follows after fencing."""
+        if not exits or stop.count:
+            return None
+        assert self._seating is not None
+        step, when = self._steps.last(), min(ended.when for ended in exits)
+        if self._planned:
+            self._log.append("planned", why=self._planned, step=step)
+            return Failed(self._generation, "planned", step, self._planned, time=when)
+        self._say(format_failures(exits))
+        cause = order_failures(exits)[0]
+        known = not cause.secondary and cause.kind != "start"
+        failed = Failed(
+            generation=self._generation,
+            kind=cause.kind or "worker",
+            step=step,
+            message=cause.message,
+            node=self._seating.nodes[cause.rank] if known else "",
+            rank=cause.rank,
+            exit_code=cause.exit_code,
+            repeats=cause.exit_code in MISTAKES and not cause.kind,
+            time=min(ended.when for ended in exits if ended.code != 0),
+        )
+        facts: dict[str, Any] = {name: value for name, value in vars(failed).items() if name != "kind"}
+        self._log.append("failure", what=failed.kind, **facts)
+        return failed
+
+    def _look_for_lost_nodes(self, failed: Failed) -> Failed:
+        """Note the nodes that are gone: what their workers said is not the cause then."""
+        assert self._seating is not None
+        lost = [node.name for node in self._fleet.nodes() if not node.alive and node.name in self._seating.used]
+        if not lost:
+            return failed
+        self._log.append("lost", nodes=lost)
+        self._say(f"windlass: lost {', '.join(lost)}")
+        return self._history().failures[-1]
+
+    def _decide(self, stop: StopCount) -> Restart | Stop:
+        """Decide, waiting for nodes as long as the limits allow. The wait counts from the failure, whoever waits."""
+        began, told = time.time(), False
+        while True:
+            history = self._history()
+            since = history.failures[-1].time if history.failures and self._seating is not None else began
+            decision = decide(history, self._fleet.nodes(), self._limits, waited_s=time.time() - since)
+            if not isinstance(decision, Wait):
+                return decision
+            if stop.count:
+                return Stop("stopped on request")
+            if not told:
+                self._say(f"windlass: {decision.why}; waiting up to {decision.seconds:.0f} s for nodes")
+                told = True
+            for news in self._fleet.tend():
+                self._say(f"windlass: {news}")
+            time.sleep(min(LOOK_S, decision.seconds))
+
+    def _pause(self, seconds: float, stop: StopCount) -> None:
+        until = time.monotonic() + seconds
+        if seconds:
+            self._say(f"windlass: no new step since the last failure; starting again in {seconds:.0f} s")
+        while time.monotonic() < until and not stop.count:
+            time.sleep(0.05)
+
+    # -- ends -------------------------------------------------------------------------------------------------------
+
+    def _stopped(self, exits: list[Exit], stop: StopCount) -> int:
+        """End after a request to stop: 0 if the work is safe."""
+        if exits and all(ended.code == 0 for ended in exits):
+            return 0
+        step = self._fleet.flush(self._patience.grace_s * FLUSH_SHARE)
+        if step is not None and all(failure.secondary for failure in order_failures(exits)):
+            self._say(f"windlass: stopped on request; step {step} was made durable from snapshots")
+            return 0
+        if not exits:
+            self._say("windlass: stopped on request while no worker was running")
+        return conclude(exits, stop) or 128 + signal.SIGTERM
+
+    def _give_up(self, decision: Stop, exits: list[Exit]) -> int:
+        self._log.append("decision", action="stop", why=decision.why)
+        if self._limits.max_restarts or not exits:
+            self._say("\n".join([f"windlass: not started again: {decision.why}", *(f"  {x}" for x in decision.report)]))
+        failures = order_failures(exits)
+        return failures[0].exit_code if failures else WorkerError.exit_code
+
+    def _end(self, code: int) -> None:
+        try:
+            self._fleet.release(code == 0)
+        finally:
+            try:
+                self._log.append("end", code=code)
+                self._write_history()
+            except WindlassError as error:  # the run is over; its log must not hide what it came to
+                self._say(f"windlass: {error}")
+
+    def _write_history(self) -> None:
+        try:
+            write_history(self._run, self._log.records)
+        except OSError as error:
+            self._say(f"windlass: history.md is not up to date in '{self._run}': {error.strerror}")
+
+
+def _to_stderr(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def allowed_sizes(workers: int, smallest: int, works: Callable[[int], object]) -> tuple[int, ...]:
+    """Return the numbers of workers from `smallest` (0: only `workers`) to `workers` with which a job works.
+
+    `works` raises ConfigError or PlanError for a number that does not.
+    """
+    found = []
+    for size in range(smallest or workers, workers + 1):
+        try:
+            works(size)
+        except (ConfigError, PlanError):
+            continue
+        found.append(size)
+    return tuple(found)

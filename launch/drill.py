@@ -1,0 +1,138 @@
+"""Failures on purpose: what to break when, and what came of it.
+
+Must not know: how anything is broken (the fleet does), when the run is started again.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from windlass.dist.errors import ConfigError
+
+BY_RANK = ("rank", "stop")
+BY_NODE = ("smp", "agent", "node", "zombie", "reboot")
+STOPPING = ("rank", "stop", "node", "zombie", "reboot")  # training cannot go on without what they hit
+KINDS = (*BY_RANK, *BY_NODE, "controller")
+_FORM = re.compile(r"(\w+)=([\w.-]+)@step=(\d+)")
+
+
+@dataclass(frozen=True)
+class Strike:
+    """Break `target` once `step` steps are done. See Fleet.strike for the kinds."""
+
+    kind: str
+    target: str
+    step: int
+
+    @staticmethod
+    def parse(text: str) -> Strike:
+        """Read `rank=1@step=20`, `stop=0@step=5`, `node=0@step=30`, `smp=node-0@step=9`, ...
+
+        Raises:      ConfigError with a value that works
+        """
+        found = _FORM.fullmatch(text)
+        if found is None or found[1] not in KINDS or (found[1] in BY_RANK and not found[2].isdigit()):
+            raise ConfigError(
+                f"--kill {text}: must be KIND=TARGET@step=N with KIND one of {', '.join(KINDS)}; the target is a rank "
+                "for rank and stop, else a node. For example rank=1@step=20 or node=0@step=30"
+            )
+        target = f"node-{found[2]}" if found[1] in BY_NODE and found[2].isdigit() else found[2]
+        return Strike(found[1], target, int(found[3]))
+
+    def __str__(self) -> str:
+        return f"{self.kind}={self.target}@step={self.step}"
+
+
+def check_strikes(strikes: Sequence[Strike], *, workers: int, steps: int, processes: bool) -> None:
+    """Check strikes against the job before anything starts; `processes`: it has snapshot processes.
+
+    Raises:      ConfigError naming the strike and a value that works
+    """
+    for strike in strikes:
+        if strike.kind in BY_RANK and int(strike.target) >= workers:
+            raise ConfigError(f"--kill {strike}: there are only {workers} workers. Use {strike.kind}={workers - 1}")
+        if not 0 < strike.step < steps:
+            raise ConfigError(f"--kill {strike}: the run has train.steps = {steps}. Use a step from 1 to {steps - 1}")
+        if strike.kind == "smp" and not processes:
+            raise ConfigError(f"--kill {strike}: this job has no snapshot processes. Add snapshot.every=1")
+
+
+def all_done(strikes: Sequence[Strike], records: Sequence[Mapping[str, Any]]) -> bool:
+    """Tell whether the records of a launch show that every strike was made."""
+    return not pending(strikes, records) and all(record["done"] for record in records if record["kind"] == "blow")
+
+
+def pending(strikes: Sequence[Strike], records: Sequence[Mapping[str, Any]]) -> list[Strike]:
+    """Return the strikes that the records of this launch do not show as done, in the order of their steps."""
+    left = sorted(strikes, key=lambda strike: strike.step)
+    for record in records:
+        if record["kind"] == "struck":
+            done = Strike(record["what"], record["target"], record["at"])
+            if done in left:
+                left.remove(done)
+    return left
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came of one strike. `decision` tells why there is none, or that training did not stop."""
+
+    what: str
+    decision: str
+    restored: str = "-"
+    lost: str = "-"
+    seconds: Mapping[str, float] | None = None
+
+
+def outcomes(records: Sequence[Mapping[str, Any]]) -> list[Outcome]:
+    """Return what came of every strike, from the records of one launch."""
+    found = []
+    for place, record in enumerate(records):
+        if record["kind"] != "struck":
+            continue
+        later = records[place + 1 :]
+        same = [r for r in later if r["generation"] == record["generation"]]
+        blow = later[0] if later and later[0]["kind"] == "blow" else {"message": "", "done": True}
+        what = f"{record['what']}={record['target']}@step={record['at']}"
+        if not blow["done"]:
+            found.append(Outcome(what, f"not done: {blow['message']}"))
+            continue
+        failed = next((place for place, r in enumerate(later) if r["kind"] == "failure" and r in same), None)
+        if failed is None or not _caused(record, later[:failed]):
+            news = [r["message"] for r in same if r["kind"] == "notice"]
+            found.append(Outcome(what, f"training did not stop{': ' + news[0] if news else ''}"))
+            continue
+        later = later[failed:]
+        end = next((r for r in later if r["kind"] == "recovered"), None)
+        decision = next((r["why"] for r in later if r["kind"] == "decision"), "none")
+        if end is None:
+            found.append(Outcome(what, f"{decision}; did not recover"))
+            continue
+        known = end["restored"] is not None
+        restored = f"{end['restored']} {end['tier']}".strip() if known else "?"
+        found.append(Outcome(what, decision, restored, str(end["lost"]) if known else "?", end["seconds"]))
+    return found
+
+
+def _caused(struck: Mapping[str, Any], between: Sequence[Mapping[str, Any]]) -> bool:
+    """Tell whether a failure is due to a strike, from the records between: others at the same step count as one."""
+    others = [record for record in between if record["kind"] == "struck"]
+    return not others or (struck["what"] in STOPPING and all(other["at"] == struck["at"] for other in others))
+
+
+def drill_table(found: Sequence[Outcome]) -> str:
+    """Write the outcomes as a table: one row each, seconds by phase below."""
+    rows = [("STRUCK", "DECISION", "RESTORED", "LOST", "SECONDS")]
+    for outcome in found:
+        total = "-" if outcome.seconds is None else f"{sum(outcome.seconds.values()):.2f}"
+        rows.append((outcome.what, outcome.decision, outcome.restored, outcome.lost, total))
+    widths = [max(len(row[column]) for row in rows) for column in range(5)]
+    lines = []
+    for row, told in zip(rows, [None, *found], strict=True):
+        lines.append("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+        if told is not None and told.seconds:
+            lines.append("    " + "  ".join(f"{name} {seconds:.2f}" for name, seconds in told.seconds.items()))
+    return "\n".join(lines)

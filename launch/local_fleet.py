@@ -1,0 +1,186 @@
+"""The fleet of this machine: one node, or several emulated ones with a snapshot memory and failure domain each.
+
+Must not know: when workers are started again, what they compute.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, final
+
+from windlass.dist.env import ProcessEnv
+from windlass.dist.errors import CheckpointError, ConfigError
+from windlass.launch.drill import BY_RANK
+from windlass.launch.failure import Failure
+from windlass.launch.fleet import Node, Seating
+from windlass.launch.local import LaunchConfig, LocalWorkers, StartProcess, WorkerCommand, WorkerProcess, send_to_group
+
+if TYPE_CHECKING:
+    from windlass.launch.node_memory import NodeMemory
+
+
+@dataclass
+class _Machine:
+    node: Node
+    memory: NodeMemory | None
+
+
+@final
+class LocalFleet:
+    """Workers of this machine. `memories`: the snapshot memory of each node by name, empty without snapshots."""
+
+    def __init__(
+        self,
+        command: WorkerCommand,
+        config: LaunchConfig,
+        *,
+        memories: Mapping[str, NodeMemory] | None = None,
+        local_dir: str = "",
+        start_process: StartProcess | None = None,
+    ) -> None:
+        self._command, self._config = command, config
+        self._local_dir = Path(local_dir) if local_dir else None
+        self._start_process = start_process
+        self._folder = tempfile.TemporaryDirectory(prefix="windlass-")
+        self._zombies: list[WorkerProcess] = []
+        self._workers: LocalWorkers | None = None
+        self._seating = Seating(())
+        names = node_names(config)
+        slots = -(-config.workers // max(config.nodes, 1))
+        self._machines = {
+            name: _Machine(Node(name, domain=name, slots=slots), (memories or {}).get(name)) for name in names
+        }
+
+    def nodes(self) -> Sequence[Node]:
+        return [machine.node for machine in self._machines.values()]
+
+    def fence(self, generation: int) -> None:
+        if self._workers is not None:  # all have been killed: nothing is left of them but what they started
+            self._workers.close()
+            self._workers = None
+        for machine in self._machines.values():
+            if machine.node.alive and machine.memory is not None:
+                try:
+                    machine.memory.fence(generation)
+                except CheckpointError as error:
+                    if len(self._machines) == 1:
+                        raise
+                    print(f"windlass: {error}", file=sys.stderr, flush=True)
+                    self._lost(machine)
+
+    def start(self, generation: int, seating: Seating, variables: Mapping[str, str]) -> LocalWorkers:
+        folder = Path(self._folder.name) / str(generation)
+        folder.mkdir()
+        who = []
+        for rank, name in enumerate(seating.nodes):
+            local_rank, local_world_size, node_rank = seating.place(rank)
+            who.append(
+                ProcessEnv(
+                    rank=rank,
+                    local_rank=local_rank,
+                    world_size=seating.world_size,
+                    local_world_size=local_world_size,
+                    node_rank=node_rank,
+                    rendezvous=f"file://{folder}/store",
+                    launcher="local",
+                    generation=generation,
+                    node=name,
+                    domain=self._machines[name].node.domain,
+                )
+            )
+        self._seating = seating
+
+        def explain(rank: int) -> Failure | None:
+            memory = self._machines[seating.nodes[rank]].memory
+            return None if memory is None else memory.verdict(rank, generation)
+
+        self._workers = LocalWorkers(self._command, self._config, folder, who, variables, self._start_process, explain)
+        return self._workers
+
+    def attach(self, generation: int, seating: Seating) -> None:
+        return None  # workers of this machine die with their launcher
+
+    def tend(self) -> list[str]:
+        served = [m.memory for m in self._machines.values() if m.node.alive and m.memory is not None]
+        return [news for memory in served if (news := memory.tend())]
+
+    def flush(self, deadline_s: float) -> int | None:
+        """Ask the node of rank 0, which speaks for all, then the others."""
+        order = sorted(self._machines.values(), key=lambda m: m.node.name not in self._seating.used[:1])
+        until = time.monotonic() + deadline_s
+        for machine in order:
+            left = until - time.monotonic()
+            if machine.memory is not None and machine.node.alive and left > 0:
+                step = machine.memory.flush(left)
+                if step is not None:
+                    return step
+        return None
+
+    def release(self, ok: bool) -> None:
+        if self._workers is not None:
+            self._workers.send(range(self._workers.num_workers), signal.SIGKILL)
+        for process in self._zombies:
+            send_to_group(process, signal.SIGKILL)
+        for machine in self._machines.values():
+            if machine.memory is not None:
+                machine.memory.release(ok)
+        self._folder.cleanup()
+
+    def strike(self, kind: str, target: str) -> str:
+        if kind in BY_RANK:
+            process = self._process(int(target))
+            os.kill(process.pid, signal.SIGKILL if kind == "rank" else signal.SIGSTOP)
+            return f"rank {target} (process {process.pid}) {'killed' if kind == 'rank' else 'stopped'}"
+        if kind == "controller":
+            raise ConfigError(f"--kill {kind}={target}: without Ray the launcher is the controller, and ends the run")
+        machine = self._machine(target)
+        name = machine.node.name
+        if kind == "smp" and machine.memory is not None:
+            return f"snapshot process of {name} (process {machine.memory.kill()}) killed"
+        if kind not in ("node", "zombie", "reboot"):
+            what = "snapshot processes (snapshot.every=1)" if kind == "smp" else f"{kind}: the launcher itself is it"
+            raise ConfigError(f"--kill {kind}={target}: this run has no {what}. Use rank, node or stop")
+        ranks = self._seating.ranks_of(name)
+        assert self._workers is not None
+        if kind == "reboot":
+            self._workers.send(ranks, signal.SIGKILL)
+            if machine.memory is not None:
+                machine.memory.kill()
+            return f"{name}: everything killed, its folders stay"
+        self._lost(machine)
+        if kind == "zombie":
+            self._zombies += self._workers.abandon(ranks)
+            return f"{name} cut off, its processes live on"
+        self._workers.send(ranks, signal.SIGKILL)
+        if machine.memory is not None:
+            machine.memory.lose(self._local_dir)
+        return f"{name} lost: ranks {', '.join(map(str, ranks)) or 'none'}, its memory and its local folders"
+
+    def _process(self, rank: int) -> WorkerProcess:
+        process = None if self._workers is None else self._workers.process(rank)
+        if process is None:
+            raise ConfigError(f"--kill rank={rank}: no such worker is running")
+        return process
+
+    def _machine(self, name: str) -> _Machine:
+        full = f"node-{name}" if name.isdigit() else name
+        if full not in self._machines:
+            raise ConfigError(f"--kill: there is no node '{name}'. Use one of: {', '.join(self._machines)}")
+        return self._machines[full]
+
+    def _lost(self, machine: _Machine) -> None:
+        machine.node = replace(machine.node, alive=False)
+        if machine.memory is not None:
+            machine.memory.leave()
+
+
+def node_names(config: LaunchConfig) -> list[str]:
+    """Return the names of the nodes that this machine stands for, spares last."""
+    return [f"node-{number}" for number in range(max(config.nodes, 1) + config.spares)]

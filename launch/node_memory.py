@@ -1,0 +1,141 @@
+"""The snapshot memory of one node as a launcher sees it: kept served, fenced, made durable, removed.
+
+Must not know: workers, other nodes, what is in a snapshot.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import time
+from pathlib import Path
+from typing import final
+
+from windlass.checkpoint.memory import pids
+from windlass.checkpoint.memory.client import SnapshotClient
+from windlass.checkpoint.memory.folder import NodeFolder
+from windlass.checkpoint.memory.heartbeat import read_heartbeat
+from windlass.checkpoint.memory.supervise import Supervisor, ensure_snapshot_process
+from windlass.dist.errors import CheckpointError
+from windlass.launch.failure import Failure
+
+BEGIN_S = 10.0  # a snapshot process is a small interpreter
+KILL_S = 5.0
+ANSWER_S = 2.0
+
+
+@final
+class NodeMemory:
+    """The folder of a job on this node and the process that serves it.
+
+    `host`: the address at which other nodes of the job reach this one.
+
+    Invariant:   whatever happens to the process, the memory stays: it is respawned and finds all of it
+    """
+
+    def __init__(self, folder: NodeFolder, token: str, host: str = "") -> None:
+        self.folder, self._host = folder.create(token), host
+        self._supervisor = Supervisor(folder, host=host)
+        self._tended = False
+
+    def fence(self, generation: int) -> None:
+        """Raise the generation, kill what older ones left here, and have a snapshot process.
+
+        Blocks:      host, at most KILL_S + BEGIN_S
+        Raises:      CheckpointError naming the node and what is left
+        """
+        self.folder.create()
+        self.folder.raise_generation(generation)
+        beats = [beat for path in self.folder.beating().values() if (beat := read_heartbeat(path)) is not None]
+        older = [(beat.pid, beat.started) for beat in beats if beat.generation < generation and beat.pid != os.getpid()]
+        left = pids.kill(older, KILL_S)
+        if left:
+            raise CheckpointError(
+                f"{self.folder.node}: processes {left} of an older generation cannot be killed (state D in ps: they "
+                "wait for hardware). The node counts as lost"
+            )
+        for path in (self.folder.path / "verdicts").glob("*.json"):
+            path.unlink(missing_ok=True)  # they were about generations that are over
+        ensure_snapshot_process(self.folder, BEGIN_S, host=self._host)
+        self._tended = True
+
+    def tend(self) -> str:
+        """Replace the snapshot process if it died or hangs, and return news of that.
+
+        Blocks:      host, only while one is replaced
+        """
+        if not self._tended:
+            return ""
+        began = time.monotonic()
+        try:
+            replaced = self._supervisor.check()
+        except CheckpointError as error:
+            self._tended = False  # said once; training goes on without snapshots here
+            return f"snapshot process of {self.folder.node} cannot be replaced: {error}"
+        took_s = time.monotonic() - began
+        return f"snapshot process of {self.folder.node} replaced in {took_s:.2f} s" if replaced else ""
+
+    def verdict(self, rank: int, generation: int) -> Failure | None:
+        """Return why the watchdog of this node ended a rank, None if it did not."""
+        try:
+            verdict = json.loads(self.folder.verdict_path(rank).read_bytes())
+            if verdict["generation"] != generation:
+                return None
+            where = f"{verdict['phase']} at step {verdict['step']}"
+            silent = "" if verdict["silent_s"] is None else f" for {verdict['silent_s']:.1f} s"
+            if verdict["limit_s"] is not None:
+                silent += f", {verdict['limit_s']:.1f} s allowed"
+            stopped = " (stopped by a signal)" if verdict["state"] == pids.STOPPED else ""
+            if verdict["suspect"]:
+                message = f"hung in {where}{silent}{stopped}; stacks of all ranks beside {verdict['stacks']}"
+            else:
+                message = f"waited in {where} for a rank that hung"
+            code = 128 + signal.SIGKILL
+            return Failure(rank, verdict["when"], message, "", code, not verdict["suspect"], "hang")
+        except (FileNotFoundError, ValueError, KeyError, TypeError):  # none, or none of ours
+            return None
+
+    def flush(self, deadline_s: float) -> int | None:
+        """Make the newest protected step durable; return it, or None."""
+        try:
+            with SnapshotClient.of(self.folder) as client:
+                return client.flush(deadline_s).step
+        except CheckpointError:
+            return None
+
+    def release(self, ok: bool) -> None:
+        """End the snapshot process and remove its memory if the job is complete; else both stay for their lease."""
+        self._tended = False
+        if not ok:
+            return
+        try:
+            with SnapshotClient.of(self.folder, timeout_s=ANSWER_S) as client:
+                client.stop(remove=True)
+        except CheckpointError:
+            self._kill()
+        self.folder.remove()
+
+    def kill(self) -> int:
+        """Kill the snapshot process, as a drill, and return its number; 0 if there was none."""
+        return self._kill()
+
+    def lose(self, local_dir: Path | None = None) -> None:
+        """Make this node lose everything: its snapshot process, its memory, its local level."""
+        self._tended = False
+        self._kill()
+        self.folder.remove()
+        if local_dir is not None:
+            shutil.rmtree(local_dir / self.folder.job / self.folder.node, ignore_errors=True)
+
+    def leave(self) -> None:
+        """Look after it no longer, as if the node could not be reached."""
+        self._tended = False
+
+    def _kill(self) -> int:
+        served = self.folder.read_smp()
+        if served is None or not pids.send(served.pid, served.started, signal.SIGKILL):
+            return 0
+        pids.kill([(served.pid, served.started)], KILL_S)
+        return served.pid

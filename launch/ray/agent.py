@@ -1,0 +1,147 @@
+"""The actor that looks after one node of a job: its snapshot process, its fencing, its remains.
+
+It keeps the snapshot process running, kills workers of older generations when told of a newer one, and ends itself
+and the workers when nobody has spoken to it for `lease_s`, or when Ray's own process of the node is gone. Snapshots
+outlive all of that. Must not know: other nodes, when workers are started again.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import psutil
+
+from windlass.checkpoint.memory import pids
+from windlass.checkpoint.memory.folder import NodeFolder
+from windlass.checkpoint.memory.heartbeat import process_started
+from windlass.dist.errors import CheckpointError
+from windlass.launch.ray import records
+
+if TYPE_CHECKING:
+    from windlass.launch.node_memory import NodeMemory
+
+KILL_S = 5.0
+LOOK_S = 0.25
+
+
+@dataclass(frozen=True)
+class Site:
+    """What an agent needs to know. `snapshots`: the job has snapshot processes; `local_dir`: its level on drives."""
+
+    folder: NodeFolder
+    token: str
+    snapshots: bool
+    local_dir: str = ""
+    lease_s: float = 30.0
+
+
+class NodeAgent:
+    """Looks after `site.folder`. Its methods may run at the same time."""
+
+    def __init__(self, site: Site) -> None:
+        self._site = site
+        self._folder = site.folder.create(site.token)
+        self._raylet = os.getppid()
+        self._memory = _memory(site)
+        self._news: list[str] = []
+        self._struck = False
+        self._busy = threading.Lock()
+        self._heard = time.monotonic()
+        records.record(self._folder, "agent", os.getpid())
+        threading.Thread(target=self._watch, daemon=True, name="watch").start()
+
+    def _watch(self) -> None:
+        while not self._struck:
+            alone = os.getppid() != self._raylet or time.monotonic() - self._heard > self._site.lease_s
+            if alone and not self._struck:
+                records.end([r for r in records.recorded(self._folder) if r.pid != os.getpid()], KILL_S)
+                self._leave()
+            if self._memory is not None and self._busy.acquire(blocking=False):
+                try:
+                    if news := self._memory.tend():
+                        self._news.append(news)
+                except CheckpointError as error:
+                    self._news.append(str(error))
+                finally:
+                    self._busy.release()
+            time.sleep(LOOK_S)
+
+    def _leave(self) -> None:
+        if self._memory is None:
+            self._folder.remove()  # nobody else would; with snapshots it is theirs, until their own lease ends
+        os._exit(0)  # from a thread; Ray does not start this actor again
+
+    def beat(self) -> list[str]:
+        """Say that somebody still needs this node; return news for people."""
+        self._heard = time.monotonic()
+        news, self._news = self._news, []
+        return news
+
+    def fence(self, generation: int) -> None:
+        """Let nothing of an older generation change anything here, and have a snapshot process.
+
+        Blocks:      host, some seconds
+        Raises:      CheckpointError naming the node and what is left
+        """
+        self.beat()
+        with self._busy:
+            self._folder.create(self._site.token)
+            self._folder.raise_generation(generation)
+            left = records.end(records.workers(self._folder, older_than=generation), KILL_S)
+            if left:
+                raise CheckpointError(f"{self._folder.node}: workers {left} of an older generation cannot be killed")
+            if self._memory is not None:
+                self._memory.fence(generation)
+        self.beat()
+
+    def flush(self, deadline_s: float) -> int | None:
+        """Make the newest step that all nodes have durable, and return it."""
+        self.beat()
+        return None if self._memory is None else self._memory.flush(deadline_s)
+
+    def release(self, ok: bool) -> None:
+        """End what is left of the job on this node; without `ok` snapshots stay for their lease."""
+        self.beat()
+        with self._busy:
+            records.end(records.workers(self._folder), KILL_S)
+            if self._memory is None:
+                self._folder.remove()
+            else:
+                self._memory.release(ok)
+
+    def strike(self, kind: str) -> None:
+        """Break this node on purpose: agent, smp, node, reboot (folders stay) or zombie (only Ray loses it)."""
+        if kind == "smp" and self._memory is not None:
+            self._memory.kill()
+            return
+        self._struck = True  # from here on nobody looks after anything
+        if kind in ("node", "reboot"):
+            # All at once, as when the power goes: Ray's process first, so that nobody can tell anybody.
+            children = psutil.Process(self._raylet).children(recursive=True)
+            doomed = [self._raylet, *(child.pid for child in children if child.pid != os.getpid())]
+            pids.kill([(pid, process_started(pid) or 0) for pid in doomed], KILL_S)
+            records.end([r for r in records.recorded(self._folder) if r.pid != os.getpid()], KILL_S)
+            if self._memory is not None:
+                self._memory.kill()
+        if kind == "node":
+            self._folder.remove()
+            if self._site.local_dir:
+                shutil.rmtree(Path(self._site.local_dir) / self._folder.job / self._folder.node, ignore_errors=True)
+        if kind == "zombie":
+            os.kill(self._raylet, signal.SIGKILL)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _memory(site: Site) -> NodeMemory | None:
+    if not site.snapshots:
+        return None
+    from windlass.launch.node_memory import NodeMemory
+
+    return NodeMemory(site.folder, site.token)

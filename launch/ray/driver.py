@@ -1,0 +1,205 @@
+"""A run with recovery in a Ray cluster, from the shell's side: starts the controller, shows its lines, takes all down.
+
+The controller may be killed and come back meanwhile; every line is shown once. Must not know how a run is kept going.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import secrets
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.exceptions import GetTimeoutError, RayActorError
+from ray.util import list_named_actors
+
+from windlass.checkpoint.memory import pids
+from windlass.checkpoint.memory.folder import list_jobs
+from windlass.dist.errors import PlanError, WorkerError
+from windlass.launch.control_log import job_of, job_token
+from windlass.launch.controller import Patience
+from windlass.launch.decide import Limits
+from windlass.launch.drill import Strike
+from windlass.launch.local import LaunchConfig, WorkerCommand
+from windlass.launch.ray import records
+from windlass.launch.ray.cluster import connected, wants_gpu
+from windlass.launch.ray.controller import JobController, RayJob
+from windlass.launch.ray.emulated import emulated
+from windlass.launch.ray.fleet import NAMESPACE, Wishes, actor_prefix
+from windlass.launch.ray.placement import plan_placement
+from windlass.launch.ray.worker_actor import forwarded
+from windlass.launch.supervisor import StopCount, StopRequests
+
+HEAD = "node:__internal_head__"  # a resource that Ray gives to its head only
+FOLLOW_S = 0.5
+SILENT_S = 60.0  # Ray starts a controller again within seconds; after this it will not
+TAKE_DOWN_S = 5.0
+KILL_S = 5.0
+
+
+@dataclass(frozen=True)
+class Recovering:
+    """What a run with recovery needs besides its workers. `snapshots`: it has snapshot processes, below `base`."""
+
+    run: Path
+    limits: Limits
+    patience: Patience = field(default_factory=Patience)
+    snapshots: bool = False
+    base: str = "/dev/shm"
+    local_dir: str = ""
+    strikes: tuple[Strike, ...] = ()
+    variables: Mapping[str, str] = field(default_factory=dict)
+    lease_s: float = 30.0
+
+
+def launch_recovering(
+    command: WorkerCommand,
+    config: LaunchConfig,
+    recovering: Recovering,
+    *,
+    address: str,
+    num_nodes: int,
+    spread: bool,
+    device: str,
+) -> int:
+    """Run `config.workers` workers in a Ray cluster, starting them again after failures; return the run's exit code.
+
+    With the address `local` and more than one node this machine emulates them, and `config.spares` more.
+    """
+    plan_placement(config.workers, num_nodes=num_nodes, spread=spread, gpu=False)  # mistakes show before Ray starts
+    with _cluster(address, config, num_nodes) as where, StopRequests().listening() as stop:
+        wishes = Wishes(
+            job=job_of(recovering.run),
+            token=job_token(recovering.run),
+            command=command,
+            config=config,
+            base=recovering.base,
+            local_dir=recovering.local_dir,
+            snapshots=recovering.snapshots,
+            num_nodes=num_nodes,
+            spread=spread,
+            gpu=wants_gpu(device, config.workers),
+            lease_s=recovering.lease_s,
+            cwd=str(Path.cwd()),
+            common=forwarded(),
+        )
+        job = RayJob(
+            run=recovering.run.absolute(),
+            launch=secrets.token_hex(8),
+            wishes=wishes,
+            limits=recovering.limits,
+            patience=recovering.patience,
+            variables=recovering.variables,
+            strikes=recovering.strikes,
+            lease_s=recovering.lease_s,
+        )
+        controller, code = _start(job), 1
+        try:
+            code = follow(controller, stop)
+            return code
+        finally:
+            end_job(wishes.job)
+            if where != address:
+                _sweep(wishes, keep_snapshots=code != 0)
+
+
+@contextlib.contextmanager
+def _cluster(address: str, config: LaunchConfig, num_nodes: int) -> Iterator[str]:
+    """Connect to a cluster and yield its address; emulate one where that is wanted."""
+    with contextlib.ExitStack() as stack:
+        if address == "local":
+            nodes = max(num_nodes, 1)
+            made = stack.enter_context(emulated(nodes + config.spares, -(-config.workers // nodes)))
+            address = made.address
+        stack.enter_context(connected(address, config.workers, namespace=NAMESPACE))
+        yield address
+
+
+def _start(job: RayJob) -> Any:
+    """Start the controller on the head, in place of what an earlier driver may have left.
+
+    Everything ends with the head anyway. A mere wish to be there would not hold when Ray starts the controller again.
+
+    Raises:      PlanError if the job runs already
+    """
+    name = actor_prefix(job.wishes.job)
+    with contextlib.suppress(ValueError, RayActorError, GetTimeoutError):
+        followed = ray.get(ray.get_actor(name, NAMESPACE).follow.remote(("", 0), 0, 0.0), timeout=TAKE_DOWN_S)
+        if followed.code is None:
+            raise PlanError(
+                f"train.run_dir = '{job.run}': the Ray cluster runs this job already (actor {name}). Wait for it, or "
+                "give another train.run_dir"
+            )
+    end_job(job.wishes.job)
+    return (
+        ray.remote(JobController)
+        .options(
+            name=name,
+            namespace=NAMESPACE,
+            lifetime="detached",
+            max_restarts=-1,
+            num_cpus=0,
+            max_concurrency=4,
+            resources={HEAD: 0.001},
+        )
+        .remote(job)
+    )
+
+
+def follow(controller: Any, stop: StopCount) -> int:
+    """Show what a job says until it ends, and return its exit code.
+
+    Raises:      WorkerError if its controller does not come back
+    """
+    place, has = ("", 0), dict[str, int]()
+    heard = time.monotonic()
+    while True:
+        try:
+            followed = ray.get(controller.follow.remote(place, stop.count, FOLLOW_S), timeout=SILENT_S)
+        except (RayActorError, GetTimeoutError) as exc:
+            if time.monotonic() - heard > SILENT_S:
+                raise WorkerError(
+                    f"the controller of the job has not answered for {SILENT_S:g} s: {str(exc).partition(chr(10))[0]}. "
+                    "What it decided is in control/log.jsonl of the run folder; start the job again to go on"
+                ) from exc
+            time.sleep(0.1)
+            continue
+        heard, place = time.monotonic(), followed.place
+        for line in followed.lines:
+            if line.number > has.get(line.source, 0):
+                has[line.source] = line.number
+                print(line.text, file=sys.stdout if line.stream == "stdout" else sys.stderr, flush=True)
+        if followed.code is not None:
+            return int(followed.code)
+
+
+def end_job(job: str) -> None:
+    """End every actor of a job that is still there, its controller first."""
+    for name in sorted(_actors(job), key=len):
+        with contextlib.suppress(ValueError):  # it ended meanwhile
+            ray.kill(ray.get_actor(name, NAMESPACE), no_restart=True)
+    until = time.monotonic() + TAKE_DOWN_S
+    while _actors(job) and time.monotonic() < until:
+        time.sleep(0.02)
+
+
+def _actors(job: str) -> Sequence[str]:
+    return [name for name in list_named_actors() if name.startswith(actor_prefix(job))]
+
+
+def _sweep(wishes: Wishes, *, keep_snapshots: bool) -> None:
+    """End what emulated nodes left here: processes that Ray had lost sight of, folders of a job that is done."""
+    for folder in list_jobs(Path(wishes.base)):
+        if folder.job != wishes.job:
+            continue
+        records.end(records.recorded(folder), KILL_S)
+        if keep_snapshots and wishes.snapshots:
+            continue
+        if (served := folder.read_smp()) is not None:
+            pids.kill([(served.pid, served.started)], KILL_S)
+        folder.remove()

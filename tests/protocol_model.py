@@ -1,0 +1,634 @@
+"""A model of the snapshot protocol: nodes, trainers, snapshot processes, messages, storage, a controller; no I/O.
+
+Everything that can happen between two instants of the real system is one call of `World.act`: a copy that begins or
+lands, a hash, a parity block, a message that arrives, is lost or doubled, a process or a node that dies, one phase of a
+recovery. Who acts when is the caller's choice, so a schedule is a list of names and numbers. The invariants of
+checkpoint.md section 4.10 are asserted against protocol_truth.py whenever something was taken away.
+
+The rules are not written here a second time: which step is restored, how the job goes on, what a leader decides, what a
+node frees, who is in a group and which slot is picked are the functions that the runtime calls.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+from protocol_parts import (
+    CHUNK_BYTES,
+    NUM_BYTES,
+    Key,
+    Message,
+    Node,
+    Rules,
+    Run,
+    Segment,
+    Shape,
+    Shelves,
+    Slot,
+    Smp,
+    Trainer,
+    Violation,
+    pick_parity,
+)
+from protocol_truth import Truth
+
+from windlass.checkpoint.memory.groups import plan_groups
+from windlass.checkpoint.memory.header import State
+from windlass.checkpoint.memory.inventory import Held, Saved
+from windlass.checkpoint.memory.membership import Member, Membership
+from windlass.checkpoint.memory.votes import NOTHING, Decree, Report
+from windlass.launch.decide import History, Limits, Restart
+from windlass.launch.fleet import Node as Seat
+
+PROGRESS = (
+    "control", "join", "load", "update", "take", "copied", "hashed", "encode", "encoded", "abort", "report",
+    "deliver",
+    "respawn", "persist",
+)  # fmt: skip
+TROUBLE = ("drop", "double", "kill_rank", "stop_rank", "go_on", "kill_smp", "kill_controller", "damage", "forget")
+DISASTER = ("lose_node", "cut", "heal", "reboot")
+KINDS = PROGRESS + TROUBLE + DISASTER
+
+
+class World:
+    """The state of everything. `act(kind, a, b)` does one thing; the numbers choose among what is possible."""
+
+    def __init__(self, shape: Shape | None = None, rules: Rules | None = None) -> None:
+        self.shape, self.rules = shape or Shape(), rules or Rules()
+        names = [f"n{i}" for i in range(self.shape.nodes + self.shape.spares)]
+        self.nodes = {name: Node(name) for name in names}
+        self.workers = self.shape.nodes * self.shape.per_node
+        self.truth = Truth(self.shape, self.nodes)
+        self.network: list[Message] = []
+        self.runs: list[Run] = []
+        self.log: list[dict[str, Any]] = [{"kind": "launch", "generation": 0}]
+        self.phase = "bump"  # of the controller: all that it forgets when it dies
+        self.decisions: dict[tuple[int, str], Any] = {}
+        self.storage: dict[Key, Key | None] = {}  # checkpoints: (generation, step) -> content
+        self.clock = 0
+        self.num_skips = 0
+
+    def act(self, kind: str, a: int = 0, b: int = 0) -> bool:
+        """Do one thing; False if there is nothing of the kind to do.
+
+        Raises: Violation
+        """
+        return bool(getattr(self, f"do_{kind}")(a, b))
+
+    @property
+    def run(self) -> Run | None:
+        return self.runs[-1] if self.runs else None
+
+    @property
+    def generation(self) -> int:
+        return max((r["generation"] for r in self.log if r["kind"] == "generation"), default=0)
+
+    # -- trainers ------------------------------------------------------------------------------------------------------
+
+    def _acting(self) -> list[tuple[Run, Trainer]]:
+        return [(run, t) for run in self.runs for t in run.trainers if t.acts]
+
+    def do_join(self, a: int, b: int) -> bool:
+        """A started worker writes its heartbeat and looks whether its generation is over: two instants."""
+        found = [(run, t) for run, t in self._acting() if not (t.looked and t.registered)]
+        if not found:
+            return False
+        run, trainer = found[a % len(found)]
+        if trainer.registered is not self.rules.register_first and trainer.looked is self.rules.register_first:
+            trainer.registered = True  # pragma: no cover - both ways end here
+        if self.rules.register_first and not trainer.registered:
+            trainer.registered = True
+        elif not trainer.looked:
+            trainer.alive = self.nodes[trainer.node].generation <= run.generation
+            trainer.looked = True
+        else:
+            trainer.registered = True
+        return True
+
+    def do_load(self, a: int, b: int) -> bool:
+        """Restore: all choose the same step; each loads it; when all have, nodes begin anew; each takes the base."""
+        found = [r for r in self.runs if not r.training and all(t.alive and t.registered and t.looked for t in r.trainers)]
+        if not found:
+            return False
+        run = found[a % len(found)]
+        if run.world is None:
+            return run is self.run and self._choose(run)
+        waiting = [t for t in run.trainers if not t.loaded]
+        if waiting:
+            trainer = waiting[b % len(waiting)]
+            return trainer.acts and self._load(run, trainer)
+        late = [n for n in run.world.nodes if self.nodes[n].current is not run.world]
+        if late:
+            return self._adopt(run, self.nodes[late[b % len(late)]])
+        ready = [t for t in run.trainers if t.acts and not t.seeded and t.copying is None]
+        return bool(ready) and self._seed(run, ready[b % len(ready)])
+
+    def _choose(self, run: Run) -> bool:
+        there = [n for n in self.nodes.values() if n.there]
+        slots = [(n, role, rank, s) for n in there for (role, rank, _), g in n.segments.items() for s in g.slots]
+        if any(n.smp is None for n in there) or any(s.state == State.COPIED for *_, s in slots):
+            return False  # no answer from a node, or one that is still hashing: recovery waits
+        held = [
+            Held(n.name, "", 0, "ram", rank, role, s.held.step, s.held.generation, state=int(s.state))
+            for n, role, rank, s in slots
+            if s.held is not None and s.state >= (State.FILLED if role == "data" else State.ENCODED) and s.good
+        ]
+        saved = [Saved(step, "storage", generation) for generation, step in self.storage]
+        choice, why = self.rules.choose(held, self.truth.worlds, saved)
+        run.base = choice
+        expected = max([*self.truth.restorable(), *self.storage], default=None)
+        if run.base_key != expected:
+            raise Violation(f"I9: {run.base_key} was chosen, the newest that can be restored is {expected}: {why}")
+        if choice is None and self.truth.tolerable():
+            raise Violation(f"I2: nothing is left of {self.truth.protected}")
+        if choice is not None:
+            assert expected is not None
+            run.step = choice.step
+            run.content = self.storage[expected] if choice.tier == "storage" else self.truth.content(expected)
+            self.truth.check_samples(run.content)
+            run.anchor = self.rules.anchor(held, choice)
+            self.truth.keep(run.anchor)
+        run.world = self._membership(run)
+        self.truth.worlds[run.generation] = run.world
+        return True
+
+    def _membership(self, run: Run) -> Membership:
+        seats = [t.node for t in run.trainers]
+        shape = self.shape
+        groups = plan_groups(seats, {}, shape.scheme, shape.group, shape.k, degraded=True)
+        members = tuple(Member(t.rank, t.node, t.node, "", 0, "", NUM_BYTES) for t in run.trainers)
+        size = len(members)
+        return Membership("job", run.generation, size, shape.scheme, shape.k, groups, members, False, CHUNK_BYTES)
+
+    def _load(self, run: Run, trainer: Trainer) -> bool:
+        """Read the base. What can no longer be read since the choice ends this generation."""
+        if run.base is not None and run.base.tier != "storage" and run.base_key not in self.truth.restorable():
+            trainer.alive = False
+        else:
+            trainer.loaded = True
+        return True
+
+    def _adopt(self, run: Run, node: Node) -> bool:
+        """A node hears of the new generation, whose ranks have all been restored."""
+        if not node.there or node.smp is None or node.generation > run.generation:
+            return False
+        node.membership = run.world
+        node.smp.shelves.refresh()
+        self.rules.begin(node.smp.shelves, run.generation, run)
+        node.generation = max(node.generation, run.generation)
+        self._start_term(node)
+        self.truth.check(f"{node.name} began generation {run.generation}")
+        return True
+
+    def _seed(self, run: Run, trainer: Trainer) -> bool:
+        segment = self._segment(run, trainer)
+        if run.base is None or not self.rules.seeds:
+            trainer.seeded = True
+            return True
+        slot = self.rules.pick(segment, run.generation)
+        if slot is None:
+            raise Violation(f"rank {trainer.rank} of generation {run.generation} has no slot for what it restored")
+        self._fill(run, trainer, slot)
+        return True
+
+    def _segment(self, run: Run, trainer: Trainer) -> Segment:
+        return self.nodes[trainer.node].segment("data", trainer.rank, len(run.trainers), self.shape.slots)
+
+    def _fill(self, run: Run, trainer: Trainer, slot: Slot) -> None:
+        slot.fill((run.generation, run.step), trainer.rank, "data", len(run.trainers))
+        trainer.copying = (slot, slot.sequence)
+        self.nodes[trainer.node].beats[run.generation, trainer.rank] = run.step
+        self.truth.check(f"rank {trainer.rank} fills step {run.step}")
+
+    def do_update(self, a: int, b: int) -> bool:
+        """All ranks finish the next step together. Each has waited for its own copy, and for nothing else."""
+        found = [
+            r
+            for r in self.runs
+            if r.training and not r.takers and all(t.acts and t.copying is None for t in r.trainers)
+        ]
+        if not found:
+            return False
+        run = found[a % len(found)]
+        before, run.step = run.content, run.step + 1
+        run.content = (run.generation, run.step)
+        self.truth.history[run.content] = (before, 0 if before is None else self.truth.history[before][1] + 1)
+        free = [t for t in run.trainers if self.rules.pick(self._segment(run, t), run.generation) is not None]
+        if self.rules.jointly and len(free) < len(run.trainers):
+            free = []
+        run.takers = list(free)
+        self.num_skips += not free
+        for trainer in run.trainers:
+            if trainer not in free:
+                self.nodes[trainer.node].beats[run.generation, trainer.rank] = run.step
+        return True
+
+    def do_take(self, a: int, b: int) -> bool:
+        """A rank begins the copy on which all have agreed."""
+        found = [(run, t) for run in self.runs for t in run.takers if t.acts]
+        if not found:
+            return False
+        run, trainer = found[a % len(found)]
+        run.takers.remove(trainer)
+        slot = self.rules.pick(self._segment(run, trainer), run.generation)
+        if slot is None:
+            raise Violation(f"rank {trainer.rank} has no slot for step {run.step} any more")
+        self._fill(run, trainer, slot)
+        return True
+
+    def do_copied(self, a: int, b: int) -> bool:
+        found = [(run, t) for run, t in self._acting() if t.copying]
+        if not found:
+            return False
+        run, trainer = found[a % len(found)]
+        assert trainer.copying is not None
+        slot, sequence = trainer.copying
+        trainer.copying, trainer.seeded = None, True
+        if slot.sequence != sequence:
+            if any(slot in segment.slots for segment in self.nodes[trainer.node].segments.values()):
+                raise Violation(f"I5: generation {run.generation} writes into a slot that is of {slot.key} by now")
+            return True  # the file was deleted: nobody reads it
+        slot.bytes_of = run.content
+        slot.advance(State.COPIED)
+        return True
+
+    # -- snapshot processes --------------------------------------------------------------------------------------------
+
+    def _smps(self) -> Iterator[tuple[Node, Smp]]:
+        return ((n, n.smp) for n in self.nodes.values() if n.up and n.smp is not None)
+
+    def do_respawn(self, a: int, b: int) -> bool:
+        found = [n for n in self.nodes.values() if n.up and n.smp is None]
+        if not found:
+            return False
+        node = found[a % len(found)]
+        node.smp = Smp(Shelves(node))
+        self._start_term(node)
+        return True
+
+    def _start_term(self, node: Node) -> None:
+        smp = node.smp
+        assert smp is not None
+        smp.shelves.refresh()
+        smp.passed = None
+        smp.term = None if node.membership is None else self.rules.term(node.membership, node.name)
+
+    def do_hashed(self, a: int, b: int) -> bool:
+        found = [
+            s for n, _ in self._smps() for g in n.segments.values() for s in g.slots if s.state == State.COPIED
+        ]
+        if found:
+            found[a % len(found)].advance(State.FILLED)
+        return bool(found)
+
+    def _to_encode(self) -> Iterator[tuple[Node, Slot, Segment, list[Slot]]]:
+        """Yield data slots whose parity can be made: the data of the whole group can be read."""
+        for node, _ in self._smps():
+            world = node.current
+            for slot in self._own(node, State.FILLED):
+                segment = node.segment("parity", slot.held.rank, world.world_size, self.shape.slots)
+                if (read := self._read_group(node, world, slot.held.rank, slot)) is not None:
+                    yield node, slot, segment, read
+
+    def _own(self, node: Node, state: State) -> Iterator[Slot]:
+        """Yield the data slots in a state that the ranks of a node filled in the present generation."""
+        world = node.current
+        for member in world.by_node.get(node.name, ()) if world is not None else ():
+            for slot in node.slots("data", member.rank, world.world_size):
+                if slot.state == state and slot.held.generation == world.generation:
+                    yield slot
+
+    def _read_group(self, node: Node, world: Membership, rank: int, slot: Slot) -> list[Slot] | None:
+        out = []
+        for member in world.group_of(rank):
+            other = self.nodes[world.members[member].node]
+            if other is not node and not (other.there and node.there and other.smp is not None):
+                return None
+            if self.rules.fenced and other.generation > world.generation:
+                return None
+            held = other.slots("data", member, world.world_size)
+            theirs = next((s for s in held if s.key == slot.key and s.state >= State.FILLED and s.good), None)
+            if theirs is None:
+                return None
+            out.append(theirs)
+        return out
+
+    def do_encode(self, a: int, b: int) -> bool:
+        found = [x for x in self._to_encode() if x[2].holding(x[1].key) is None]
+        if not found:
+            return False
+        node, slot, segment, _ = found[a % len(found)]
+        assert slot.held is not None
+        key = (slot.held.generation, slot.held.step)
+        data = node.segment("data", slot.held.rank, slot.held.world_size, self.shape.slots)
+        parity = pick_parity(segment, data, key)
+        if parity is None:
+            return False
+        parity.fill(key, slot.held.rank, "parity", slot.held.world_size)
+        self.truth.check(f"{node.name} makes parity of {slot.key}")
+        return True
+
+    def do_encoded(self, a: int, b: int) -> bool:
+        found = [x for x in self._to_encode() if x[2].holding(x[1].key) is not None]
+        if not found:
+            return False
+        _, slot, segment, read = found[a % len(found)]
+        parity = segment.holding(slot.key)
+        assert parity is not None
+        if parity.state < State.ENCODED:
+            parity.bytes_of = tuple(s.bytes_of for s in read)
+            parity.advance(State.ENCODED)
+        else:
+            slot.advance(State.ENCODED)
+        return True
+
+    def do_abort(self, a: int, b: int) -> bool:
+        """A node gives up a step that it cannot protect although all nodes answer, so that it never votes for it."""
+        found = []
+        for node, smp in self._smps():
+            world = node.current
+            nodes = [self.nodes[name] for name in world.nodes] if world is not None and node.there else []
+            if nodes and all(n.there and n.smp is not None and n.current is world for n in nodes):
+                for slot in self._own(node, State.FILLED):
+                    if self._read_group(node, world, slot.held.rank, slot) is None:
+                        found.append((node, smp, slot))
+        if not found:
+            return False
+        node, smp, slot = found[a % len(found)]
+        smp.shelves.refresh()
+        smp.shelves.abort(slot.held.generation, slot.held.step, smp.term.ranks)
+        return True
+
+    def do_report(self, a: int, b: int) -> bool:
+        """A node reads heartbeats, later its slots, and then tells the leader: two instants."""
+        found = [(n, smp, n.current) for n, smp in self._smps() if n.current and n.name in n.current.by_node]
+        if not found:
+            return False
+        node, smp, world = found[a % len(found)]
+        assert world is not None
+        ranks = [m.rank for m in world.by_node[node.name]]
+        if smp.passed is None:
+            smp.passed = {rank: node.beats.get((world.generation, rank), NOTHING) for rank in ranks}
+            return True
+        smp.shelves.refresh()
+        self.clock += 1
+        held = smp.shelves.states(world.generation, ranks)
+        report = Report(node.name, world.generation, self.clock, held, smp.passed)
+        smp.passed = None
+        self.network.append(Message(world.leader.node, world.generation, report))
+        return True
+
+    def do_deliver(self, a: int, b: int) -> bool:
+        return self._deliver(a, keep=False)
+
+    def _deliver(self, a: int, keep: bool) -> bool:
+        if not self.network:
+            return False
+        message = self.network[a % len(self.network)]
+        if not keep:
+            self.network.remove(message)
+        node = self.nodes[message.to]
+        world = node.membership
+        if not node.there or node.smp is None or world is None:
+            return True
+        if self.rules.fenced and message.generation < max(node.generation, world.generation):
+            return True
+        if isinstance(message.body, Report):
+            self._hear(node, node.smp, message.body)
+        elif world.generation == message.generation:
+            self._obey(node, node.smp, message.body)
+        return True
+
+    def _hear(self, node: Node, smp: Smp, report: Report) -> None:
+        term = smp.term
+        if term is None or term.ballot is None or report.generation != term.generation:
+            return
+        before = term.ballot.watermark
+        decree = term.hear(report)
+        if term.ballot.watermark > before:
+            self.truth.committed((term.generation, term.ballot.watermark))
+        self.network.append(Message(report.node, term.generation, decree))
+
+    def _obey(self, node: Node, smp: Smp, decree: Decree) -> None:
+        term = smp.term
+        if term is None:
+            return
+        term.follow(decree)
+        smp.shelves.refresh()
+        self.rules.obey(smp.shelves, term.decree)
+        if term.decree.watermark > NOTHING:
+            for place in [p for p in node.segments if p[1] not in term.ranks or p[2] != term.membership.world_size]:
+                del node.segments[place]
+        self.truth.check(f"{node.name} freed")
+
+    def do_persist(self, a: int, b: int) -> bool:
+        """A committed step becomes durable, whole or not at all."""
+        key = self.truth.protected
+        every = self.shape.persist_every
+        if not every or key is None or key[1] % every or key in self.storage or key[0] != self.generation:
+            return False
+        if key not in self.truth.restorable():
+            return False
+        self.storage[key] = self.truth.content(key)
+        return True
+
+    # -- faults --------------------------------------------------------------------------------------------------------
+
+    def do_drop(self, a: int, b: int) -> bool:
+        if self.network:
+            del self.network[a % len(self.network)]
+            return True
+        return False
+
+    def do_double(self, a: int, b: int) -> bool:
+        return self._deliver(a, keep=True)
+
+    def do_kill_rank(self, a: int, b: int) -> bool:
+        found = [t for run in self.runs for t in run.trainers if t.alive]
+        if found:
+            found[a % len(found)].alive = False
+        return bool(found)
+
+    def do_stop_rank(self, a: int, b: int) -> bool:
+        found = self._acting()
+        if found:
+            found[a % len(found)][1].stopped = True
+        return bool(found)
+
+    def do_go_on(self, a: int, b: int) -> bool:
+        found = [t for run in self.runs for t in run.trainers if t.alive and t.stopped]
+        if found:
+            found[a % len(found)].stopped = False
+        return bool(found)
+
+    def do_kill_smp(self, a: int, b: int) -> bool:
+        found = [n for n, _ in self._smps()]
+        if found:
+            found[a % len(found)].smp = None
+        return bool(found)
+
+    def do_kill_controller(self, a: int, b: int) -> bool:
+        self.phase = "look"
+        return True
+
+    def _kept(self) -> list[tuple[int, Slot]]:
+        return [
+            (rank, s)
+            for n in self.nodes.values()
+            for (_, rank, _), segment in n.segments.items()
+            for s in segment.slots
+            if s.state >= State.FILLED and s.good
+        ]
+
+    def do_damage(self, a: int, b: int) -> bool:
+        """Bytes of a snapshot change: they no longer verify."""
+        found = self._kept()
+        if found:
+            rank, slot = found[a % len(found)]
+            slot.good = False
+            self.truth.spoiled(slot.key, rank)
+        return bool(found)
+
+    def do_forget(self, a: int, b: int) -> bool:
+        """Both copies of a header are damaged: the slot counts as empty."""
+        found = self._kept()
+        if found:
+            rank, slot = found[a % len(found)]
+            self.truth.spoiled(slot.key, rank)
+            slot.free()
+        return bool(found)
+
+    def do_lose_node(self, a: int, b: int) -> bool:
+        """Memory, processes and all. Another machine may take its name at once (b odd) or never."""
+        node = self._wipe(a)
+        if node is not None:
+            node.up = bool(b % 2)
+        return node is not None
+
+    def do_reboot(self, a: int, b: int) -> bool:
+        return self._wipe(a) is not None
+
+    def _wipe(self, a: int) -> Node | None:
+        found = [n for n in self.nodes.values() if n.up]
+        if not found:
+            return None
+        node = found[a % len(found)]
+        self.truth.lost(node)
+        for run in self.runs:
+            for trainer in run.trainers:
+                trainer.alive = trainer.alive and trainer.node != node.name
+        self.nodes[node.name].__dict__.update(vars(replace(Node(node.name), reachable=node.reachable)))
+        return node
+
+    def do_cut(self, a: int, b: int) -> bool:
+        """The network to a node fails; everything on it lives on: a zombie once the others have gone on."""
+        found = [n for n in self.nodes.values() if n.there]
+        if not found:
+            return False
+        node = found[a % len(found)]
+        self.truth.lost(node)
+        node.reachable = False
+        return True
+
+    def do_heal(self, a: int, b: int) -> bool:
+        found = [n for n in self.nodes.values() if n.up and not n.reachable]
+        if found:
+            found[a % len(found)].reachable = True
+        return bool(found)
+
+    # -- the controller ------------------------------------------------------------------------------------------------
+
+    def do_control(self, a: int, b: int) -> bool:
+        return bool(getattr(self, f"_{self.phase}")())
+
+    def _look(self) -> bool:
+        """A new controller process reads the log and looks at the workers."""
+        run = self.run
+        current = run is not None and run.generation == self.generation
+        self.phase = "watch" if current else "bump"
+        return True
+
+    def _watch(self) -> bool:
+        run = self.run
+        assert run is not None
+        if all(t.acts and self.nodes[t.node].there for t in run.trainers):
+            return False
+        self.log.append({"kind": "failure", "what": "worker", "generation": run.generation, "step": run.step})
+        self.phase = "bump"
+        return True
+
+    def _bump(self) -> bool:
+        self.log.append({"kind": "generation", "generation": self.generation + 1})
+        self.phase = "announce"
+        return True
+
+    def _announce(self) -> bool:
+        for node in self.nodes.values():
+            if node.there:
+                node.generation = max(node.generation, self.generation)
+        self.phase = "kill"
+        return True
+
+    def _kill(self) -> bool:
+        """SIGKILL to the recorded processes of older generations, and wait until they are gone."""
+        for run in self.runs:
+            for trainer in run.trainers:
+                if self.nodes[trainer.node].there and trainer.registered and run.generation < self.generation:
+                    trainer.alive = trainer.alive and not self.rules.fence_kills
+        self.phase = "decide"
+        return True
+
+    def _decide(self) -> bool:
+        seats = [Seat(n.name, n.name, self.shape.per_node, n.there) for n in self.nodes.values()]
+        limits = Limits(self.workers, self.shape.sizes, 10**6, 10**6, 10**6, 0.0)
+        decision = self.rules.decide(History.of(self.log), seats, limits)
+        replayed = self.rules.decide(History.of(json.loads(json.dumps(self.log))), seats, limits)
+        earlier = self.decisions.setdefault((len(self.log), str(seats)), decision)
+        if decision != replayed or decision != earlier:
+            raise Violation(f"I13: {decision} from the same log as {replayed} and {earlier}")
+        if not isinstance(decision, Restart):
+            return False  # too few nodes: look again later
+        self.log.append({"kind": "decision", "generation": self.generation, "nodes": list(decision.seating.nodes)})
+        self.phase = "start"
+        return True
+
+    def _start(self) -> bool:
+        names = next(r["nodes"] for r in reversed(self.log) if r["kind"] == "decision")
+        self.runs.append(Run(self.generation, [Trainer(rank, name) for rank, name in enumerate(names)]))
+        self.phase = "watch"
+        return True
+
+    # -- without further faults ----------------------------------------------------------------------------------------
+
+    def settle(self, commits: int = 2, rounds: int = 60) -> None:
+        """Let everything run until as many new steps are committed, or too few nodes are left.
+
+        Raises: Violation if neither happens (I12: every wait ends)
+        """
+        for kind in ("heal", "go_on"):
+            while self.act(kind):
+                pass
+        wanted = self.truth.num_commits + commits
+        for number in range(rounds):
+            for kind in PROGRESS:
+                for again in range(16):
+                    if not self.act(kind, number + again, again) or kind in ("update", "control"):
+                        break
+            if self.truth.num_commits >= wanted:
+                assert self.run is not None
+                return self.truth.check_samples(self.run.content)
+            if self.phase == "decide" and not self.act("control"):
+                return None
+        raise Violation(f"I12: no commit in {rounds} rounds\n{self.describe()}")
+
+    def describe(self) -> str:
+        """Return what is where, for people."""
+        run = self.run
+        lines = [f"generation {self.generation}, {self.phase}, committed {self.truth.protected}, {run}"]
+        for node in self.nodes.values():
+            held = {p: [(s.key, s.state.name, s.good) for s in g.slots] for p, g in node.segments.items()}
+            lines.append(f"{node.name} up {node.up} reachable {node.reachable} g{node.generation} {node.smp} {held}")
+        return "\n".join(lines)

@@ -1,0 +1,108 @@
+"""What a drill accepts, does and tells; the runs themselves are in tests/fault."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from windlass.dist.errors import ConfigError
+from windlass.launch import local_run
+from windlass.launch.cli import main
+from windlass.launch.control_log import ControlLog
+from windlass.launch.drill import Strike, all_done, check_strikes, drill_table, outcomes, pending
+from windlass.launch.job import Loaded
+
+
+@pytest.mark.parametrize("text", ["rank=1@step=20", "stop=0@step=5", "node=node-3@step=30", "controller=0@step=2"])
+def test_a_strike_is_written_as_it_is_read(text: str) -> None:
+    assert str(Strike.parse(text)) == text
+
+
+def test_the_number_of_a_node_is_short_for_its_name() -> None:
+    assert Strike.parse("smp=1@step=9") == Strike("smp", "node-1", 9)
+
+
+@pytest.mark.parametrize("text", ["rank=1", "rank=node-0@step=3", "rack=1@step=3", "rank=1@step=x", "rank=@step=3"])
+def test_what_is_no_strike_is_refused_with_examples(text: str) -> None:
+    with pytest.raises(ConfigError, match="rank=1@step=20"):
+        Strike.parse(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("rank=4@step=3", "only 4 workers"),
+        ("rank=1@step=0", "a step from 1 to 9"),
+        ("rank=1@step=10", "a step from 1 to 9"),
+        ("smp=0@step=3", "snapshot.every=1"),
+    ],
+)
+def test_a_strike_that_cannot_happen_is_refused_before_anything_starts(text: str, says: str) -> None:
+    with pytest.raises(ConfigError, match=says):
+        check_strikes([Strike.parse(text)], workers=4, steps=10, processes=False)
+
+
+def test_strikes_that_were_made_are_not_made_again() -> None:
+    one, two = Strike("rank", "1", 3), Strike("rank", "1", 9)
+    done = {"kind": "struck", "what": "rank", "target": "1", "at": 3}
+    assert pending([two, one], []) == [one, two]
+    assert pending([two, one, one], [done]) == [one, two]
+    assert not all_done([one], []) and all_done([one], [done, {"kind": "blow", "done": True, "message": ""}])
+    assert not all_done([one], [done, {"kind": "blow", "done": False, "message": ""}])
+
+
+def struck(log: ControlLog, what: str, target: str, at: int, *, done: bool = True, message: str = "done") -> None:
+    log.append("struck", what=what, target=target, at=at)
+    log.append("blow", message=message, done=done)
+
+
+def test_the_table_tells_for_every_strike_what_came_of_it(tmp_path: Path) -> None:
+    log = ControlLog(tmp_path)
+    log.bump()
+    struck(log, "smp", "node-0", 2)
+    log.append("notice", message="snapshot process of node-0 replaced in 0.2 s")
+    struck(log, "rank", "1", 5)
+    log.append("failure", what="worker", step=5)
+    log.bump()
+    log.append("decision", action="restart", nodes=["node-0"], why="in place")
+    log.append("recovered", restored=4, tier="ram", lost=1, seconds={"fence": 0.5, "load": 0.25})
+    struck(log, "agent", "node-0", 6, done=False, message="no agents here")
+    struck(log, "node", "node-0", 7)
+    log.append("failure", what="node", step=7)
+    log.append("decision", action="stop", why="no room")
+    lines = drill_table(outcomes(log.records)).splitlines()
+    assert lines[0].split() == ["STRUCK", "DECISION", "RESTORED", "LOST", "SECONDS"]
+    assert "smp=node-0@step=2" in lines[1] and "did not stop: snapshot process of node-0 replaced" in lines[1]
+    assert lines[2].split() == ["rank=1@step=5", "in", "place", "4", "ram", "1", "0.75"]
+    assert lines[3].split() == ["fence", "0.50", "load", "0.25"]
+    assert "not done: no agents here" in lines[4] and "no room; did not recover" in lines[5]
+
+
+def test_a_drill_runs_the_job_with_enough_restarts_and_fails_if_a_strike_was_not_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    job = tmp_path / "job.yaml"
+    job.write_text(f"train: {{steps: 9, run_dir: {tmp_path}/run}}\nlaunch: {{workers: 2}}\n")
+    seen: list[Any] = []
+
+    def run(loaded: Loaded, strikes: list[Strike]) -> int:
+        seen.append((loaded.config.recovery.max_restarts, strikes))
+        struck(ControlLog(tmp_path / "run"), "rank", "1", 3)
+        return 0
+
+    monkeypatch.setattr(local_run, "run_controlled", run)
+    monkeypatch.setattr("windlass.launch.check.check_job", lambda *arguments: None)
+    with pytest.raises(SystemExit) as ended:
+        main(["drill", str(job), "--kill", "rank=1@step=3", "--kill", "rank=0@step=5"])
+    assert ended.value.code == 1
+    assert seen == [(2, [Strike("rank", "1", 3), Strike("rank", "0", 5)])]
+    shown = capsys.readouterr()
+    assert "rank=1@step=3" in shown.out and "not every strike was made" in shown.err
+
+
+def test_a_drill_without_a_strike_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["drill", "tiny"])
+    assert ended.value.code == 2 and "--kill" in capsys.readouterr().err

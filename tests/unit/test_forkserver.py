@@ -1,0 +1,92 @@
+"""Workers forked from a process that has imported everything behave as those started afresh."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.waiting import until
+from windlass.dist.errors import WorkerError
+from windlass.launch.forkserver import Forked, ForkServer
+from windlass.launch.local import WorkerCommand
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[ForkServer]:
+    server = ForkServer(preload=["xxhash"])
+    yield server
+    server.close()
+
+
+def ended(worker: Forked) -> int:
+    until(lambda: worker.poll() is not None, timeout_s=10)
+    assert worker.returncode is not None
+    return worker.returncode
+
+
+def run(server: ForkServer, code: str, payload: bytes = b"", **variables: str) -> tuple[int, str, str]:
+    command = WorkerCommand(("-c", code), payload)
+    worker = server.spawn(command, variables, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    result = ended(worker)
+    assert worker.stdout is not None
+    assert worker.stderr is not None
+    return result, worker.stdout.read().decode(), worker.stderr.read().decode()
+
+
+def test_a_worker_has_its_payload_environment_folder_streams_and_exit_code(server: ForkServer, tmp_path: Path) -> None:
+    code = "import sys, os; print(sys.stdin.read(), os.environ['WHO'], 'xxhash' in sys.modules); sys.exit(7)"
+    assert run(server, code, b"payload", WHO="me") == (7, "payload me True\n", "")
+    command = WorkerCommand(("-c", "import os; print(os.getcwd())"))
+    worker = server.spawn(command, {}, stdout=subprocess.PIPE, stderr=None, cwd=str(tmp_path))
+    assert ended(worker) == 0
+    assert worker.stdout is not None
+    assert worker.stdout.read().decode().strip() == str(tmp_path)
+
+
+def test_an_exception_is_shown_and_a_module_runs_as_main(server: ForkServer) -> None:
+    code, out, err = run(server, "1/0")
+    assert (code, out) == (1, "")
+    assert "ZeroDivisionError" in err
+    worker = server.spawn(WorkerCommand(("-m", "windlass", "--version")), {}, stdout=subprocess.PIPE, stderr=None)
+    assert ended(worker) == 0
+    assert worker.stdout is not None
+    assert worker.stdout.read().startswith(b"windlass ")
+
+
+def test_a_killed_worker_is_reported_as_killed_and_is_alone_in_its_session(server: ForkServer) -> None:
+    worker = server.spawn(WorkerCommand(("-c", "import time; time.sleep(60)")), {}, stdout=None, stderr=None)
+    until(lambda: os.getsid(worker.pid) == worker.pid, timeout_s=10)
+    worker.send_signal(signal.SIGKILL)
+    assert ended(worker) == -signal.SIGKILL
+
+
+def test_workers_die_with_their_server_and_the_next_one_is_served_again() -> None:
+    server = ForkServer(preload=[])
+    worker = server.spawn(WorkerCommand(("-c", "import time; time.sleep(60)")), {}, stdout=None, stderr=None)
+    assert server._process is not None
+    server._process.kill()
+    assert ended(worker) == -signal.SIGKILL
+    until(lambda: not _runs(worker.pid), timeout_s=10)
+    try:
+        assert run(server, "print('again')") == (0, "again\n", "")
+    finally:
+        server.close()
+
+
+def _runs(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def test_a_server_that_cannot_import_says_so(capfd: pytest.CaptureFixture[str]) -> None:
+    server = ForkServer(preload=["no_such_module"])
+    with pytest.raises(WorkerError, match="has ended"):
+        server.spawn(WorkerCommand(("-c", "pass")), {}, stdout=None, stderr=None)
+    assert "no_such_module" in capfd.readouterr().err

@@ -1,0 +1,391 @@
+"""The snapshot process of a node: real processes, trainers played by the test."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.snapshot_nodes import CHUNK, JOB, Fleet, Node, data_of, fleet_of
+from tests.waiting import until
+from windlass.checkpoint.memory import pids
+from windlass.checkpoint.memory.client import SnapshotClient
+from windlass.checkpoint.memory.folder import NodeFolder
+from windlass.checkpoint.memory.header import SlotHeader, State
+from windlass.checkpoint.memory.heartbeat import is_alive, process_started
+from windlass.checkpoint.memory.persisting import Cadence
+from windlass.checkpoint.memory.pids import resident_bytes
+from windlass.checkpoint.memory.segment import Segment
+from windlass.checkpoint.memory.settings import Settings
+from windlass.checkpoint.memory.slots import NodeSlots
+from windlass.checkpoint.memory.supervise import Supervisor, ensure_snapshot_process
+from windlass.checkpoint.reader import CheckpointReader
+from windlass.dist.errors import CheckpointError
+
+MIB = 1 << 20
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def fleet(tmp_path: Path) -> Iterator[Fleet]:
+    with fleet_of(tmp_path, 2) as fleet:
+        yield fleet
+
+
+@pytest.fixture
+def node(tmp_path: Path) -> Iterator[Node]:
+    node = Node(tmp_path, "node-0", 1, 1)
+    yield node
+    node.end()
+
+
+# -- its life --------------------------------------------------------------------------------------------------------
+
+
+def test_an_idle_process_stays_below_64_mib_and_never_loads_torch(node: Node) -> None:
+    assert node.client.hello()["node"] == "node-0"
+    held = resident_bytes(node.served.pid)
+    assert sum(held.values()) < 64 * MIB, held
+    assert "libtorch" not in Path(f"/proc/{node.served.pid}/maps").read_text()
+
+
+def test_any_number_of_callers_at_once_start_one_process(tmp_path: Path) -> None:
+    folder = NodeFolder(tmp_path, JOB, "node-0").create("22" * 32)
+    served = []
+    threads = [threading.Thread(target=lambda: served.append(ensure_snapshot_process(folder))) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    try:
+        assert len({(s.pid, s.port) for s in served}) == 1 and len(served) == 4
+    finally:
+        pids.kill([(s.pid, s.started) for s in served], 5.0)
+
+
+def test_it_outlives_its_starter_with_all_its_children_and_session(tmp_path: Path) -> None:
+    folder = NodeFolder(tmp_path, JOB, "node-0").create("22" * 32)
+    code = (
+        "import sys, time\n"
+        "from windlass.checkpoint.memory.folder import NodeFolder\n"
+        "from windlass.checkpoint.memory.supervise import ensure_snapshot_process\n"
+        "print(ensure_snapshot_process(NodeFolder.at(sys.argv[1])).pid, flush=True)\n"
+        "time.sleep(60)\n"
+    )
+    starter = subprocess.Popen(
+        [sys.executable, "-c", code, str(folder.path)], stdout=subprocess.PIPE, cwd=ROOT, start_new_session=True
+    )
+    assert starter.stdout is not None
+    pid = int(starter.stdout.readline())
+    os.killpg(starter.pid, signal.SIGKILL)
+    starter.wait()
+    starter.stdout.close()
+    served = folder.read_smp()
+    assert served is not None and served.pid == pid and served.alive
+    assert os.getsid(pid) != starter.pid
+    try:
+        with SnapshotClient.of(folder, 1) as client:
+            assert client.hello()["pid"] == pid
+    finally:
+        pids.kill([(pid, served.started)], 5.0)
+
+
+def test_it_ends_when_its_folder_is_gone(node: Node) -> None:
+    node.folder.remove()
+    until(lambda: not node.served.alive)
+    assert not node.folder.path.exists()
+
+
+def test_it_removes_what_nobody_needs_any_more_and_ends(tmp_path: Path) -> None:
+    folder = NodeFolder(tmp_path, JOB, "node-0").create("22" * 32)
+    Settings(lease_s=0.2).keep_in(folder)
+    served = ensure_snapshot_process(folder)
+    until(lambda: not served.alive)
+    assert not folder.path.exists()
+
+
+def test_stopping_it_leaves_the_snapshots_unless_they_are_to_be_removed(node: Node) -> None:
+    node.client.stop(remove=False)
+    until(lambda: not node.served.alive)
+    assert node.folder.path.exists()
+    node.respawn()
+    with SnapshotClient.of(node.folder) as client:
+        client.stop(remove=True)
+    until(lambda: not node.served.alive)
+    assert not node.folder.path.exists()
+
+
+def test_a_stopped_process_is_replaced_and_a_healthy_one_is_left_alone(node: Node) -> None:
+    supervisor = Supervisor(node.folder)
+    assert not supervisor.check()
+    os.kill(node.served.pid, signal.SIGSTOP)
+    assert supervisor.check()
+    after = node.folder.read_smp()
+    assert after is not None and after.pid != node.served.pid and after.port == node.served.port
+    assert not node.served.alive, "two writers must never be"
+
+
+def test_one_that_cannot_start_says_why_with_the_end_of_its_log(tmp_path: Path) -> None:
+    folder = NodeFolder(tmp_path, JOB, "node-0").create("22" * 32)
+    (folder.path / "settings.json").write_text('{"hang_s": "soon"}')
+    with pytest.raises(CheckpointError, match=r"did not begin to serve(.|\n)*hang_s = 'soon'"):
+        ensure_snapshot_process(folder, timeout_s=2.0)
+
+
+# -- generations -----------------------------------------------------------------------------------------------------
+
+
+def test_a_process_that_knows_no_generation_serves_nothing(tmp_path: Path) -> None:
+    folder = NodeFolder(tmp_path, JOB, "node-0").create("22" * 32)
+    served = ensure_snapshot_process(folder)
+    try:
+        with SnapshotClient.of(folder, 3) as client:
+            with pytest.raises(CheckpointError, match="knows no generation yet"):
+                client.inventory()
+            assert client.fence(3) == []
+            assert client.inventory().generation == 3
+    finally:
+        pids.kill([(served.pid, served.started)], 5.0)
+
+
+def test_what_an_older_generation_asks_is_refused(fleet: Fleet) -> None:
+    old = fleet.nodes[0].client
+    fleet.nodes[0].folder.raise_generation(2)
+    with pytest.raises(CheckpointError, match="generation 1 is over: node node-0 is at 2"):
+        old.inventory()
+    with pytest.raises(CheckpointError, match="generation 1 is over"):
+        old.adopt(fleet.membership)
+    with pytest.raises(CheckpointError, match="is at generation 2: 1 is over"):
+        old.fence(1)
+
+
+def test_a_client_without_a_generation_speaks_for_the_one_the_node_is_at(fleet: Fleet) -> None:
+    with SnapshotClient.of(fleet.nodes[0].folder) as client:
+        assert client.inventory().generation == 1
+        fleet.nodes[0].folder.raise_generation(7)
+        assert client.inventory().generation == 7
+
+
+def test_fencing_kills_the_trainers_of_older_generations_and_no_others(node: Node) -> None:
+    code = (
+        "import sys, time\nfrom pathlib import Path\nfrom windlass.checkpoint.memory.heartbeat import Heartbeat\n"
+        "Heartbeat(Path(sys.argv[1]), int(sys.argv[2]))\nprint('on', flush=True)\ntime.sleep(60)\n"
+    )
+    trainers = [
+        subprocess.Popen(
+            [sys.executable, "-c", code, str(node.folder.beat_path(rank)), str(generation)],
+            stdout=subprocess.PIPE,
+            cwd=ROOT,
+        )
+        for rank, generation in ((0, 1), (1, 2))
+    ]
+    try:
+        for trainer in trainers:
+            assert trainer.stdout is not None and trainer.stdout.readline() == b"on\n"
+        assert node.client.fence(2) == [trainers[0].pid]
+        assert trainers[0].wait(5) == -signal.SIGKILL
+        assert trainers[1].poll() is None
+    finally:
+        for trainer in trainers:
+            trainer.kill()
+            trainer.communicate()
+
+
+def test_adopting_twice_is_nothing_and_other_members_in_one_generation_are_refused(fleet: Fleet) -> None:
+    client = fleet.nodes[0].client
+    client.adopt(fleet.membership, None, fleet.settings)
+    fleet.settings, fleet.scheme = Settings(), "none"
+    with pytest.raises(CheckpointError, match="generation 1 began with other members"):
+        client.adopt(fleet._membership(1), None, fleet.settings)
+
+
+def test_the_next_generation_keeps_what_was_restored_until_it_has_committed(fleet: Fleet) -> None:
+    fleet.commit(3)
+    fleet.commit(4)
+    fleet.begin(2, restored=(1, 4))
+    assert all(node.states()[1, r.rank, 4] == "COMMITTED" for node in fleet.nodes for r in node.ranks)
+    fleet.commit(4)
+    until(lambda: all(set(node.states()) == {(2, r.rank, 4) for r in node.ranks} for node in fleet.nodes))
+    assert all(node.folder.memberships() == [2] for node in fleet.nodes)
+
+
+# -- snapshots -------------------------------------------------------------------------------------------------------
+
+
+def test_snapshots_are_hashed_protected_committed_and_only_then_are_older_ones_freed(fleet: Fleet) -> None:
+    for step in (1, 2, 3):
+        fleet.commit(step)
+        for node in fleet.nodes:
+            node.check(step)
+    assert all(set(node.states()) == {(1, r.rank, 3) for r in node.ranks} for node in fleet.nodes)
+    status = fleet.nodes[1].client.status()
+    assert status.newest["ram"] == status.newest["peers"] == 3
+    assert status.leader == "node-0" and status.degraded == [] and status.lag == 0 and status.last_error == ""
+
+
+def test_bytes_of_a_slot_are_read_over_the_network_with_their_hashes(fleet: Fleet) -> None:
+    fleet.commit(1)
+    client = fleet.nodes[1].client
+    header = client.header(1, "data", 1, 1)
+    assert header is not None and header.state >= State.ENCODED and len(header.hashes[1]) == header.num_chunks
+    got = np.empty(header.num_bytes - CHUNK, np.uint8)
+    client.read(1, "data", 1, 1, CHUNK, got.data)
+    assert np.array_equal(got, data_of(1, 1, header.num_bytes)[CHUNK:])
+    assert client.header(1, "data", 9, 1) is None
+    with pytest.raises(CheckpointError, match="does not hold data of rank 1, step 9"):
+        client.read(1, "data", 9, 1, 0, got.data)
+    with pytest.raises(CheckpointError, match="were asked for"):
+        client.read(1, "data", 1, 1, header.num_bytes, got.data)
+    assert client.layout(header.layout).num_bytes == header.num_bytes
+    assert client.membership(1) == fleet.membership
+    assert {(h["rank"], h["role"], h["step"], h["ok"]) for h in client.inventory().held} == {
+        (1, "data", 1, True),
+        (1, "parity", 1, True),
+    }
+
+
+def test_a_snapshot_that_is_half_copied_is_listed_as_not_whole_and_never_committed(fleet: Fleet) -> None:
+    fleet.commit(1)
+    fleet.ranks[0].snapshot(2)
+    fleet.ranks[1].snapshot(2, copied=CHUNK)
+    until(lambda: fleet.nodes[0].client.status().newest["ram"] == 2)
+    listed = {h["step"]: h for h in fleet.nodes[1].client.inventory().held if h["role"] == "data"}
+    assert not listed[2]["ok"] and "FILLING" in listed[2]["why"] and listed[1]["ok"]
+    assert fleet.nodes[0].client.status().newest["peers"] == 1
+    fleet.nodes[1].check(1)
+
+
+def test_several_ranks_of_a_node_are_committed_together(tmp_path: Path) -> None:
+    with fleet_of(tmp_path, 2, seats=[0, 0, 1, 1]) as fleet:
+        for rank in fleet.ranks[:3]:
+            assert rank.snapshot(1)
+        until(lambda: fleet.nodes[0].client.status().newest["ram"] == 1)
+        assert fleet.nodes[0].client.status().newest["peers"] == -1
+        assert fleet.ranks[3].snapshot(1)
+        until(lambda: fleet.committed(1))
+        fleet.nodes[0].check(1)
+
+
+def test_a_node_that_does_not_answer_is_named_and_the_job_is_degraded(fleet: Fleet) -> None:
+    fleet.commit(1)
+    fleet.nodes[1].kill()
+    status = fleet.nodes[0].client.status
+    fleet.ranks[0].snapshot(2)
+    until(lambda: "node-1" in status().silent)
+    assert "node-1" in status().last_error
+    until(lambda: status().degraded == [0, 1])
+    assert status().newest["peers"] == 1
+
+
+def test_a_step_that_can_never_be_protected_is_given_up_with_its_parity(tmp_path: Path) -> None:
+    folder = NodeFolder(tmp_path, JOB, "node-0").create()
+    states = {"data": (State.FILLED, State.COMMITTED), "parity": (State.ENCODED, State.COMMITTED)}
+    for role, found in states.items():
+        segment = Segment.create(folder.segment_path(role, 0, 64, 2, 1), role, 0, 64, 2, 64, 1)
+        for slot, state, step in zip(segment.slots, found, (8, 7), strict=True):
+            slot.write(SlotHeader(JOB, 1, step, 0, 1, role, "", 64, 64, state))
+    slots = NodeSlots(folder, print)
+    slots.refresh()
+    assert slots.abort(1, 8, [0]) == [0]
+    assert slots.abort(1, 7, [0]) == [], "a step that this node has voted for stays"
+    assert {(h.role, h.step) for _, h in slots.held()} == {("data", 7), ("parity", 7)}
+
+
+def test_a_process_that_was_killed_takes_its_old_port_and_goes_on(fleet: Fleet) -> None:
+    fleet.commit(1)
+    for node in fleet.nodes:  # the leader first
+        before = node.served
+        node.kill()
+        node.respawn()
+        assert (node.served.host, node.served.port) == (before.host, before.port) and node.served.pid != before.pid
+        assert node.client.inventory().held, "a client notices nothing but a broken connection"
+        node.check(1)
+    fleet.commit(2)
+    assert all(is_alive(node.served.pid, process_started(node.served.pid) or 0) for node in fleet.nodes)
+
+
+# -- making steps durable --------------------------------------------------------------------------------------------
+
+
+def test_a_level_is_due_at_the_first_committed_step_after_each_multiple_and_counts_what_it_leaves_out() -> None:
+    cadence = Cadence(10, last=25)
+    assert [step for step in (26, 29, 31, 32, 39, 40) if cadence.due(step, busy=False)] == [31, 40]
+    assert not cadence.due(50, busy=True) and cadence.skipped == 1
+    assert not cadence.due(51, busy=False), "the one that was left out is not made up for"
+    assert cadence.due(60, busy=False)
+    assert not Cadence(0, 0).due(100, busy=False)
+
+
+def test_due_steps_are_written_to_storage_and_to_drives_by_all_nodes(tmp_path: Path) -> None:
+    wishes = Settings(
+        mode="lazy",
+        every=2,
+        storage=str(tmp_path / "checkpoints"),
+        local_every=2,
+        local_dir=str(tmp_path / "drive"),
+        peer_timeout_s=5.0,
+    )
+    (tmp_path / "shm").mkdir()
+    with fleet_of(tmp_path / "shm", 2, num_slots=3, settings=wishes) as fleet:
+        fleet.commit(1)
+        fleet.commit(2)
+        status = fleet.nodes[1].client.status
+        until(lambda: (status().newest["storage"], status().newest["local"]) == (2, 2))
+        fleet.commit(3)
+        assert [p.name for p in (tmp_path / "checkpoints").glob("step-*")] == ["step-00000002"]
+        reader = CheckpointReader(tmp_path / "checkpoints" / "step-00000002")
+        assert reader.manifest.extra["generation"] == 1
+        listed = {(h["tier"], h["role"], h["step"]) for h in fleet.nodes[1].client.inventory().held}
+        assert {("local", "data", 2), ("local", "parity", 2), ("ram", "data", 3)} <= listed
+        header = fleet.nodes[1].client.header(1, "data", 2, 1, tier="local")
+        assert header is not None
+        got = np.empty(header.num_bytes, np.uint8)
+        fleet.nodes[1].client.read(1, "data", 2, 1, 0, got.data, tier="local")
+        assert np.array_equal(got, data_of(1, 2, header.num_bytes))
+
+
+def test_a_flush_makes_the_newest_protected_step_durable_and_waits_for_one_that_is_asked_for(tmp_path: Path) -> None:
+    wishes = Settings(storage=str(tmp_path / "checkpoints"), peer_timeout_s=5.0)
+    (tmp_path / "shm").mkdir()
+    with fleet_of(tmp_path / "shm", 2, settings=wishes) as fleet:
+        ask = fleet.nodes[1].client  # not the leader
+        with pytest.raises(CheckpointError, match="no step of generation 1 is committed yet"):
+            ask.flush(0.5)
+        fleet.commit(1)
+        done = ask.flush(10.0)
+        assert done.step == 1 and Path(done.place).name == "step-00000001" and done.num_bytes > 0
+        assert ask.flush(10.0) == done, "what is durable is not written again"
+        fleet.ranks[0].snapshot(2)
+        with pytest.raises(CheckpointError, match=r"step 2 was not protected within .* waiting for .*rank 1 on node-1"):
+            ask.flush(0.3, at_least=2)
+        fleet.ranks[1].snapshot(2)
+        assert ask.flush(10.0, at_least=2).step == 2
+
+
+def test_a_step_that_cannot_be_written_is_reported_and_training_goes_on(tmp_path: Path) -> None:
+    (tmp_path / "checkpoints").write_text("a file where a folder should be")
+    wishes = Settings(mode="async", every=1, storage=str(tmp_path / "checkpoints"), peer_timeout_s=5.0)
+    (tmp_path / "shm").mkdir()
+    with fleet_of(tmp_path / "shm", 2, settings=wishes) as fleet:
+        fleet.commit(1)
+        until(lambda: "step 1" in fleet.nodes[1].client.status().last_error)
+        assert fleet.nodes[0].client.status().newest["storage"] == -1
+        fleet.commit(2)
+        with pytest.raises(CheckpointError, match="step 2"):
+            fleet.nodes[0].client.flush(5.0)
+
+
+def test_settings_that_are_unknown_or_of_another_kind_are_named() -> None:
+    with pytest.raises(CheckpointError, match="lease = 3"):
+        Settings.parse({"lease": 3})
+    with pytest.raises(CheckpointError, match="every = '2'"):
+        Settings.parse({"every": "2"})
+    assert Settings.parse(json.loads(json.dumps({"hang_s": 3}))).hang_s == 3

@@ -1,0 +1,264 @@
+"""The wire between snapshot processes: requests are answered, slow and lost peers harm nobody, room is bounded."""
+
+import json
+import struct
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.waiting import until
+from tests.wire_case import HOST, JOB, MAX, REQUEST, STORE, TOKEN, Case, ended, frame, handle, serving
+from windlass.checkpoint.memory import channel as channel_module
+from windlass.checkpoint.memory.channel import HEAD, MAX_HEADER
+from windlass.checkpoint.memory.wire import Server
+from windlass.dist.errors import CheckpointError
+
+
+@pytest.fixture
+def make() -> Iterator[Callable[..., Case]]:
+    with serving() as maker:
+        yield maker
+
+
+@pytest.fixture
+def case(make: Callable[..., Case]) -> Case:
+    return make()
+
+
+# -- what may be said ------------------------------------------------------------------------------------------------
+
+
+def test_a_request_brings_its_fields_and_payload_and_takes_back_an_answer(case: Case) -> None:
+    payload = np.arange(1000, dtype=np.uint8)
+    answer, body = case.client().request("vote", {"generation": 9, "name": "ü"}, payload=memoryview(payload))
+    assert answer == {"verb": "vote", "fields": {"generation": 9, "name": "ü"}, "sum": int(payload.sum())}
+    assert body.nbytes == 0
+
+
+@pytest.mark.parametrize("count", [0, 1, 4097, MAX])
+def test_an_answer_is_received_straight_into_the_buffer_given(case: Case, count: int) -> None:
+    client, buffer = case.client(), np.zeros(MAX, np.uint8)
+    fields, body = client.request("read", {"at": MAX - count, "count": count}, into=memoryview(buffer))
+    assert (body.nbytes, fields) == (count, {"from": MAX - count})
+    assert np.array_equal(buffer[:count], STORE[MAX - count :]) and not buffer[count:].any()
+    assert client.request("read", {"at": 0, "count": count})[1] == memoryview(STORE)[:count]
+
+
+def test_an_answer_larger_than_the_buffer_is_not_taken(case: Case) -> None:
+    with pytest.raises(CheckpointError, match="payload too large: 11 bytes, at most 10"):
+        case.client().request("read", {"at": 0, "count": 11}, into=memoryview(bytearray(10)))
+    assert case.lives()
+
+
+def test_threads_share_a_client_and_connections_are_kept(case: Case) -> None:
+    client, wrong = case.client(), []
+
+    def ask(number: int) -> None:
+        for at in range(number, number + 40):
+            _, body = client.request("read", {"at": at, "count": 5000})
+            if body != memoryview(STORE)[at : at + 5000]:
+                wrong.append(at)
+
+    threads = [threading.Thread(target=ask, args=(i,)) for i in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(20)
+    assert not wrong and case.refused("answered") == 240
+    assert case.server.num_connections <= 6
+
+
+def test_what_a_verb_refuses_reaches_the_peer_with_its_name(case: Case) -> None:
+    client = case.client(name="node-4")
+    with pytest.raises(CheckpointError, match=rf"snapshot process of node-4 at {HOST}:\d+: step 7 is not here"):
+        client.request("refuse")
+    assert not client.fenced and client.request("ping")[0]["verb"] == "ping" and case.server.num_connections == 1
+
+
+@pytest.mark.parametrize(
+    ("verb", "message"),
+    [
+        ("break", "'break' failed: ZeroDivisionError: of the handler"),
+        ("boast", "answer to 'boast' cannot be sent"),
+        ("flood", "at most"),
+    ],
+)
+def test_a_failing_verb_ends_neither_the_server_nor_the_connection(case: Case, verb: str, message: str) -> None:
+    client = case.client()
+    with pytest.raises(CheckpointError, match=message):
+        client.request(verb)
+    assert client.request("ping")[0]["verb"] == "ping" and case.server.num_connections == 1
+
+
+# -- generations -----------------------------------------------------------------------------------------------------
+
+
+def test_an_old_generation_is_refused_before_its_request_is_looked_at(make: Callable[..., Case]) -> None:
+    seen: list[str] = []
+
+    def watch(verb: str, fields: dict[str, Any], payload: memoryview) -> tuple[dict[str, Any], None]:
+        seen.append(verb)
+        return {}, None
+
+    case = make(handle=watch, open_verbs=frozenset({"status"}))
+    old, new = case.client(generation=2), case.client(generation=4)
+    with pytest.raises(CheckpointError, match="generation 3 has begun"):
+        old.request("vote", payload=b"zombie")
+    assert seen == [] and old.fenced and case.refused("fenced") == 1
+    old.request("status")
+    new.request("vote")
+    assert seen == ["status", "vote"] and not new.fenced
+
+
+# -- peers that are slow, silent or gone -----------------------------------------------------------------------------
+
+
+def test_a_peer_that_connects_and_says_nothing_is_cut_off(make: Callable[..., Case]) -> None:
+    case = make(timeout_s=0.4)
+    with case.raw() as peer:
+        assert ended(peer)
+    until(lambda: case.refused("too slow or idle") == 1)
+    assert case.lives()
+
+
+@pytest.mark.parametrize("start", [b"", frame(json.dumps(REQUEST).encode(), 1000)])
+def test_a_peer_that_sends_a_byte_now_and_then_is_cut_off_like_a_silent_one(
+    make: Callable[..., Case], start: bytes
+) -> None:
+    case = make(timeout_s=0.4)
+    pause = threading.Event()
+    peer = case.known().socket if start else case.raw()
+    peer.sendall(start)
+    with pytest.raises(ConnectionError):
+        for _ in range(500):
+            peer.sendall(b"W")
+            pause.wait(0.01)
+    until(lambda: case.refused("too slow or idle") == 1)
+    peer.close()
+    assert case.lives()
+
+
+def test_a_peer_that_does_not_read_its_answer_is_cut_off(
+    make: Callable[..., Case], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(channel_module, "SLOWEST", 1 << 40)
+    case = make(handle=lambda verb, fields, payload: ({}, bytes(32 << 20)), max_payload=32 << 20, timeout_s=0.4)
+    peer = case.known()
+    peer.socket.sendall(frame(json.dumps(REQUEST).encode()))
+    until(lambda: case.refused("too slow or idle") == 1)
+    until(lambda: case.server.num_connections == 0)
+    peer.close()
+
+
+def test_a_peer_that_leaves_in_the_middle_of_a_message_leaves_nothing_behind(case: Case) -> None:
+    peer = case.known()
+    peer.socket.sendall(frame(json.dumps(REQUEST).encode(), 1000) + bytes(500))
+    peer.close()
+    until(lambda: case.refused("closed") == 1)
+    until(lambda: case.server.num_connections == 0)
+    assert case.server._room.free == 4 * MAX and case.lives()
+
+
+def test_an_idle_connection_is_ended_and_replaced_without_a_word_to_the_caller(make: Callable[..., Case]) -> None:
+    case = make(idle_s=0.05)
+    client = case.client()
+    client.request("ping")
+    until(lambda: case.server.num_connections == 0)
+    assert client.request("ping", payload=b"\1\2")[0]["sum"] == 3
+
+
+def test_a_client_goes_on_with_a_server_that_was_restarted(case: Case) -> None:
+    client, port = case.client(), case.server.port
+    client.request("ping")
+    case.server.close()
+    case.server = Server(HOST, port, JOB, TOKEN, handle, log=case.log.append).start()
+    assert client.request("read", {"at": 5, "count": 9})[1] == memoryview(STORE)[5:14]
+
+
+def test_a_client_names_a_peer_that_is_not_there(case: Case) -> None:
+    client = case.client(name="node-9")
+    case.server.close()
+    with pytest.raises(CheckpointError, match=rf"node-9 at {HOST}:{case.server.port}: 'ping' failed: .*refused"):
+        client.request("ping")
+
+
+def test_a_client_names_a_peer_that_does_not_answer(make: Callable[..., Case]) -> None:
+    stop = threading.Event()
+
+    def wait(verb: str, fields: dict[str, Any], payload: memoryview) -> tuple[dict[str, Any], None]:
+        stop.wait(10)
+        return {}, None
+
+    case = make(handle=wait)
+    with pytest.raises(CheckpointError, match=r"did not answer 'ping' within 0\.1 s"):
+        case.client().request("ping", timeout_s=0.1)
+    stop.set()
+
+
+# -- bounds ----------------------------------------------------------------------------------------------------------
+
+
+def test_connections_are_bounded_and_the_room_comes_back(make: Callable[..., Case]) -> None:
+    case = make(max_connections=2)
+    silent = [case.raw(), case.raw()]
+    until(lambda: case.server.num_connections == 2)
+    with pytest.raises(CheckpointError, match="failed"):
+        case.client().request("ping")
+    until(lambda: case.refused("more than 2 connections") == 1)
+    assert case.server.num_connections == 2
+    for connection in silent:
+        connection.close()
+    until(lambda: case.server.num_connections == 0)
+    assert case.lives()
+
+
+def test_payloads_of_all_connections_share_a_bounded_memory(make: Callable[..., Case]) -> None:
+    case = make(timeout_s=0.4)
+    head = frame(json.dumps(REQUEST).encode(), MAX)
+    peers = [case.known() for _ in range(6)]
+    for peer in peers:
+        peer.socket.sendall(head + bytes(10))  # promises a payload, and then sends no more of it
+    until(lambda: case.server._room.free == 0)
+    assert case.server.num_connections <= 6
+    for peer in peers:
+        assert ended(peer.socket)
+        peer.close()
+    until(lambda: case.server._room.free == 4 * MAX)
+    assert case.lives()
+
+
+def test_closing_a_server_ends_its_threads_and_connections(case: Case) -> None:
+    client = case.client()
+    client.request("ping")
+    silent = case.raw()
+    until(lambda: case.server.num_connections == 2)
+    threads = [case.server._acceptor, *case.server._channels]
+    until(lambda: all(thread.is_alive() for thread in threads))
+    case.server.close()
+    assert ended(silent)
+    silent.close()
+    assert not any(thread.is_alive() for thread in threads)
+
+
+@pytest.mark.parametrize("host", ["", "0.0.0.0", "::"])
+def test_a_server_listens_on_one_address_only(host: str) -> None:
+    with pytest.raises(CheckpointError, match="name one address"):
+        Server(host, 0, JOB, TOKEN, handle)
+
+
+def test_a_port_that_is_taken_is_named(case: Case) -> None:
+    with pytest.raises(CheckpointError, match=rf"{HOST}:{case.server.port}.*use port 0"):
+        Server(HOST, case.server.port, JOB, TOKEN, handle)
+
+
+def test_a_request_that_is_too_large_is_not_sent(case: Case) -> None:
+    with pytest.raises(CheckpointError, match="use the payload"):
+        case.client().request("ping", {"text": "x" * MAX_HEADER})
+    assert case.lives()
+
+
+def test_the_head_of_a_frame_is_sixteen_bytes() -> None:
+    assert HEAD.size == 16 == struct.calcsize("<4sIQ")

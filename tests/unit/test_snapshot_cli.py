@@ -1,0 +1,146 @@
+"""`windlass snapshot ls | verify | show | gc` as a user types them."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from click.testing import Result
+from typer.testing import CliRunner
+
+from windlass.checkpoint.memory.folder import NodeFolder, SnapshotProcess
+from windlass.checkpoint.memory.header import SlotHeader, State
+from windlass.checkpoint.memory.heartbeat import Heartbeat, Phase, process_started
+from windlass.checkpoint.memory.layout import Fragment, Layout
+from windlass.checkpoint.memory.membership import Member, Membership
+from windlass.checkpoint.memory.segment import Segment, hash_chunks
+from windlass.dist.box import Box
+from windlass.dist.errors import CheckpointError
+from windlass.launch.cli.snapshot import app
+from windlass.launch.control_log import job_of
+
+CHUNK = 128
+SIZE = 1000
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """Return a run with two ranks on two nodes, each with steps 4 (committed) and 5 (filled)."""
+    run = tmp_path / "run"
+    layout = Layout((Fragment("model.w", "uint8", (SIZE,), Box((0,), (SIZE,)), 0, SIZE),), SIZE)
+    members = tuple(Member(r, f"node-{r}", f"node-{r}", "127.0.0.1", 1, layout.digest, SIZE) for r in range(2))
+    world = Membership(job_of(run), 2, 2, "xor", 1, ((0, 1),), members, False, CHUNK)
+    for rank in range(2):
+        folder = NodeFolder(tmp_path, job_of(run), f"node-{rank}").create("secret")
+        folder.raise_generation(2)
+        folder.put_layout(layout)
+        folder.replace(folder.membership_path(2), world.dump().encode())
+        table = -(-SIZE // CHUNK)
+        path = folder.segment_path("data", rank, SIZE, 3, table)
+        segment = Segment.create(path, "data", rank, SIZE, 3, CHUNK, table)
+        for slot, (step, state) in enumerate(((4, State.COMMITTED), (5, State.FILLED), (6, State.FILLING))):
+            segment.slots[slot].data[:SIZE] = np.arange(SIZE) % 251 + step
+            hashes = {rank: hash_chunks(segment.slots[slot].data, SIZE, CHUNK)} if state > State.FILLING else {}
+            facts = {"extra": {"step": step}}
+            segment.slots[slot].write(
+                SlotHeader(job_of(run), 2, step, rank, 2, "data", layout.digest, SIZE, CHUNK, state, facts, hashes)
+            )
+        segment.close()
+    return run
+
+
+def windlass(run: Path, command: str, *arguments: object) -> Result:
+    result = CliRunner().invoke(app, [command, *map(str, arguments), "--folder", str(run.parent)])
+    if isinstance(result.exception, CheckpointError):
+        raise result.exception
+    return result
+
+
+def folders(run: Path) -> list[NodeFolder]:
+    return [NodeFolder(run.parent, job_of(run), f"node-{rank}") for rank in range(2)]
+
+
+def flip(run: Path, rank: int, slot: int) -> None:
+    segment = Segment.open(folders(run)[rank].segments()[0].path, writable=True)
+    segment.slots[slot].data[200] ^= 1
+    segment.close()
+
+
+def test_ls_shows_every_slot_newest_first_and_who_serves_the_node(run: Path) -> None:
+    beat = Heartbeat(folders(run)[0].beat_path(0), 2)
+    beat.beat(Phase.STEP, 6)
+    lines = windlass(run, "ls", run).output.splitlines()
+    assert lines[0].startswith("node-0: generation 2, no snapshot process")
+    assert lines[1].startswith("  rank 0: STEP 6,")
+    rows = [line.split() for line in lines[4:]]
+    assert [(row[0], row[2], row[4]) for row in rows] == [
+        (step, rank, state)
+        for step, state in (("6", "FILLING"), ("5", "FILLED"), ("4", "COMMITTED"))
+        for rank in ("0", "1")
+    ]
+
+
+def test_ls_as_json(run: Path) -> None:
+    found: list[dict[str, Any]] = json.loads(windlass(run, "ls", run, "--json").output)
+    assert len(found) == 6 and {row["state"] for row in found} == {"COMMITTED", "FILLED", "FILLING"}
+    assert found[0]["num_bytes"] == SIZE and found[0]["node"] == "node-0"
+
+
+def test_verify_reads_every_byte_and_passes_over_what_is_being_filled(run: Path) -> None:
+    result = windlass(run, "verify", run)
+    assert result.exit_code == 0
+    assert result.output.count("valid") == 4 and result.output.count("filling") == 2
+
+
+def test_verify_names_damage_and_exits_with_8(run: Path) -> None:
+    flip(run, 1, 0)
+    result = windlass(run, "verify", run)
+    assert result.exit_code == 8
+    assert "node-1, data of rank 1, step 4: DAMAGED: chunks 1" in result.output
+
+
+def test_verify_reports_a_segment_that_is_none(run: Path) -> None:
+    path = folders(run)[0].segments()[0].path
+    path.write_bytes(b"x" * 8192)
+    result = windlass(run, "verify", run)
+    assert result.exit_code == 8 and "node-0, data of rank 0: DAMAGED" in result.output
+
+
+def test_show_has_the_facts_tensors_and_groups_of_the_newest_step(run: Path) -> None:
+    shown = json.loads(windlass(run, "show", run).output)
+    assert [(part["rank"], part["step"]) for part in shown] == [(0, 5), (1, 5)]
+    assert shown[0]["facts"] == {"extra": {"step": 5}}
+    assert shown[0]["tensors"][0]["key"] == "model.w" and shown[0]["redundancy"]["groups"] == [[0, 1]]
+    assert json.loads(windlass(run, "show", run, "--step", 4).output)[0]["state"] == "COMMITTED"
+    with pytest.raises(CheckpointError, match="no snapshot of step 77"):
+        windlass(run, "show", run, "--step", 77)
+
+
+def test_a_run_without_snapshots_here_is_an_error_that_names_the_folder(run: Path, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="this host holds no snapshots of it"):
+        windlass(run, "ls", tmp_path / "other")
+
+
+def test_gc_removes_the_snapshots_of_a_run_but_never_what_a_living_process_needs(run: Path) -> None:
+    me = os.getpid()
+    folders(run)[1].write_smp(SnapshotProcess(me, process_started(me) or 0, "127.0.0.1", 1))
+    with pytest.raises(CheckpointError, match=f"in use by snapshot process {me}"):
+        windlass(run, "gc", run)
+    assert all(folder.path.exists() for folder in folders(run))
+    folders(run)[1].smp_path.unlink()
+    assert windlass(run, "gc", run).output.count("removed") == 2
+    assert not any(folder.path.exists() for folder in folders(run))
+
+
+def test_gc_without_a_run_removes_those_whose_lease_is_over(run: Path) -> None:
+    old = time.time() - 4000
+    for folder in folders(run):
+        folder.touch_lease()
+    os.utime(folders(run)[0].lease_path, (old, old))
+    assert windlass(run, "gc").output.splitlines() == [f"removed {folders(run)[0].path}"]
+    assert folders(run)[1].path.exists()
