@@ -169,7 +169,9 @@ class _Save:
                 f"{folder} was made by rank 0 but is not visible to rank {self.group.rank}: "
                 "checkpoints must be on a file system that all ranks share"
             )
-        written, file = write_pieces(folder / name, filled, lambda: self._fault("checkpoint"))
+        written, file = write_pieces(
+            self.storage, f"{self.temporary}/{name}", filled, lambda: self._fault("checkpoint")
+        )
         self._fault("checkpoint.written")
         for piece, w in zip(filled, written, strict=True):
             place = [w.offset, w.num_bytes, w.xxh3, w.archive_offset, w.archive_bytes]

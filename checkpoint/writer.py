@@ -6,12 +6,9 @@ our reader needs no archive and no pickle. Must not know: manifests, other ranks
 
 from __future__ import annotations
 
-import io
-import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import IO, Any, cast
 
 import numpy as np
@@ -19,7 +16,7 @@ import torch
 import xxhash
 
 from windlass.checkpoint.manifest import StoredFile
-from windlass.checkpoint.storage import named
+from windlass.checkpoint.storage import FileWriter, Storage
 from windlass.dist.errors import CheckpointError
 from windlass.dist.state import Piece
 
@@ -45,8 +42,8 @@ class _Stream:
     by one that hides the cause.
     """
 
-    def __init__(self, file: io.FileIO) -> None:
-        self.file = file
+    def __init__(self, file: FileWriter, name: str) -> None:
+        self.file, self.name = file, name
         self.pending = bytearray()
         self.position = 0
         self.hasher = xxhash.xxh3_64()
@@ -68,14 +65,14 @@ class _Stream:
         return len(view)
 
     def flush(self) -> None:
-        """Nothing: `finish` writes what is pending."""
+        """Nothing: `flush_pending` writes it."""
 
     def _put(self, view: memoryview) -> None:
         if len(self.pending) + len(view) > BUFFER_BYTES:
-            _write_all(self.file, self.pending)
+            self.file.write(self.pending)
             self.pending.clear()
         if len(view) > BUFFER_BYTES:
-            _write_all(self.file, view)
+            self.file.write(view)
         else:
             self.pending += view
 
@@ -91,7 +88,7 @@ class _Stream:
         if self.seen_at is None:
             raise CheckpointError(
                 f"torch {torch.__version__} did not write a tensor's bytes in one part, so their place in "
-                f"{self.file.name} is unknown: use a torch version that Windlass is tested with (2.11 to 2.13)"
+                f"{self.name} is unknown: use a torch version that Windlass is tested with (2.11 to 2.13)"
             )
         return Written(self.seen_at, raw.nbytes, xxhash.xxh3_64_hexdigest(data), start, self.position - start)
 
@@ -99,34 +96,32 @@ class _Stream:
         if self.error is not None:
             raise self.error
 
-    def finish(self) -> StoredFile:
+    def flush_pending(self) -> None:
         self.check()
-        _write_all(self.file, self.pending)
-        os.fsync(self.file.fileno())
-        return StoredFile(self.position, self.hasher.hexdigest())
+        self.file.write(self.pending)
 
 
 def write_pieces(
-    path: Path, pieces: Sequence[Piece], before_piece: Callable[[], None]
+    storage: Storage, name: str, pieces: Sequence[Piece], before_piece: Callable[[], None]
 ) -> tuple[list[Written], StoredFile]:
     """Write pieces that are not empty, in order, into a new file and make it durable.
 
     Raises: OSError as the file system reports it.
     """
-    with named(path), without_crc32(), open(path, "xb", buffering=0) as file:
-        stream = _Stream(file)
+    file = storage.start(name)
+    stream = _Stream(file, name)
+    try:
         written = []
-        for piece in pieces:
-            before_piece()
-            written.append(stream.save(piece.tensor))
-        return written, stream.finish()
-
-
-def _write_all(file: io.FileIO, data: bytes | bytearray | memoryview) -> None:
-    with memoryview(data) as whole:
-        done = 0
-        while done < len(whole):
-            done += file.write(whole[done:])
+        with without_crc32():
+            for piece in pieces:
+                before_piece()
+                written.append(stream.save(piece.tensor))
+        stream.flush_pending()
+    except BaseException:
+        file.abandon()
+        raise
+    file.finish()
+    return written, StoredFile(stream.position, stream.hasher.hexdigest())
 
 
 def address_of(view: memoryview) -> int:

@@ -229,31 +229,33 @@ def expand_tasks(text: str) -> list[int]:
 
 @dataclass(frozen=True)
 class Fault:
-    """One injected fault: what happens, at which door, on which rank, at which step (None: any)."""
+    """One injected fault: what happens, at which door, on which rank, at which step, in which generation of the workers
+    (None: any)."""
 
     action: str
     point: str = "step"
     rank: int | None = None
     step: int | None = None
+    generation: int | None = None
 
     @staticmethod
     def parse(text: str) -> Fault:
-        """Parse `ACTION[:POINT][:rank=R][:step=S]`, e.g. `kill:rank=1:step=3` or `enospc:checkpoint`."""
+        """Parse `ACTION[:POINT][:rank=R][:step=S][:generation=G]`, e.g. `kill:rank=1:step=3` or `enospc:checkpoint`."""
         action, *rest = text.split(":")
         names = [item for item in rest if "=" not in item]
         given = dict(item.split("=", 1) for item in rest if "=" in item)
         if (
             action not in FAULT_ACTIONS
             or len(names) > 1
-            or not set(given) <= {"rank", "step"}
+            or not set(given) <= {"rank", "step", "generation"}
             or not all(v.isdigit() for v in given.values())
         ):
             raise ConfigError(
-                f"environment variable WINDLASS_FAULT = {text!r}: must be ACTION[:POINT][:rank=R][:step=S] with ACTION "
-                f"one of {', '.join(FAULT_ACTIONS)}, e.g. kill:rank=1:step=3"
+                f"environment variable WINDLASS_FAULT = {text!r}: must be ACTION[:POINT][:rank=R][:step=S]"
+                f"[:generation=G] with ACTION one of {', '.join(FAULT_ACTIONS)}, e.g. kill:rank=1:step=3"
             )
-        rank, step = (int(given[k]) if k in given else None for k in ("rank", "step"))
-        return Fault(action, names[0] if names else "step", rank, step)
+        rank, step, generation = (int(given[k]) if k in given else None for k in ("rank", "step", "generation"))
+        return Fault(action, names[0] if names else "step", rank, step, generation)
 
 
 def fault(point: str, *, rank: int, step: int | None = None) -> None:
@@ -267,6 +269,8 @@ def fault(point: str, *, rank: int, step: int | None = None) -> None:
         return
     wanted = Fault.parse(text)
     if wanted.point != point or wanted.rank not in (None, rank) or (wanted.step is not None and wanted.step != step):
+        return
+    if wanted.generation is not None and get("WINDLASS_GENERATION") != str(wanted.generation):
         return
     if wanted.action == "kill":
         os.kill(os.getpid(), signal.SIGKILL)

@@ -10,6 +10,7 @@ A record is durable before anything is done about it. Must not know: what is dec
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import hashlib
 import json
@@ -69,12 +70,9 @@ def job_token(run: Path) -> str:
             file.write(secrets.token_hex(32))
             file.flush()
             os.fsync(file.fileno())
-        try:
-            os.link(draft, path)  # the first one wins, and is whole when it appears
-        except FileExistsError:
-            pass
-        finally:
-            draft.unlink()
+        with contextlib.suppress(FileExistsError):  # the first one wins, and is whole when it appears
+            os.link(draft, path)
+        draft.unlink()
         return path.read_text(encoding="ascii").strip()
     except OSError as error:
         raise CheckpointError(

@@ -129,7 +129,7 @@ def measure(run: Path, recovery: Recovery, struck: Sequence[float] = ()) -> Meas
         failed=failed,
         why=recovery.why,
         restored=loaded[0]["step"] if loaded else None,
-        tier=loaded[0].get("tier", "") if loaded else "",
+        tier=(loaded[0].get("tier") or loaded[0].get("source") or "") if loaded else "",
         seconds=seconds,
         done=any(report["phase"] == "first_step" for report in reports),
     )

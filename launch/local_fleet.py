@@ -109,7 +109,7 @@ class LocalFleet:
 
     def tend(self) -> list[str]:
         served = [m.memory for m in self._machines.values() if m.node.alive and m.memory is not None]
-        return [news for memory in served if (news := memory.tend())]
+        return [news for memory in served for news in memory.tend()]
 
     def flush(self, deadline_s: float) -> int | None:
         """Ask the node of rank 0, which speaks for all, then the others."""

@@ -9,8 +9,10 @@ import json
 import os
 import shutil
 import signal
+import threading
 import time
 from pathlib import Path
+from queue import SimpleQueue
 from typing import final
 
 from windlass.checkpoint.memory import pids
@@ -21,7 +23,8 @@ from windlass.checkpoint.memory.supervise import Supervisor, ensure_snapshot_pro
 from windlass.dist.errors import CheckpointError
 from windlass.launch.failure import Failure
 
-BEGIN_S = 10.0  # a snapshot process is a small interpreter
+BEGIN_S = 20.0  # a snapshot process is a small interpreter; many may start at once
+LOOK_S = 0.1
 KILL_S = 5.0
 ANSWER_S = 2.0
 
@@ -36,9 +39,11 @@ class NodeMemory:
     """
 
     def __init__(self, folder: NodeFolder, token: str, host: str = "") -> None:
-        self.folder, self._host = folder.create(token), host
+        self.folder, self._token, self._host = folder.create(token), token, host
         self._supervisor = Supervisor(folder, host=host)
-        self._tended = False
+        self._news: SimpleQueue[str] = SimpleQueue()
+        self._left = threading.Event()
+        self._keeper: threading.Thread | None = None
 
     def fence(self, generation: int) -> None:
         """Raise the generation, kill what older ones left here, and have a snapshot process.
@@ -46,7 +51,7 @@ class NodeMemory:
         Blocks:      host, at most KILL_S + BEGIN_S
         Raises:      CheckpointError naming the node and what is left
         """
-        self.folder.create()
+        self.folder.create(self._token)
         self.folder.raise_generation(generation)
         beats = [beat for path in self.folder.beating().values() if (beat := read_heartbeat(path)) is not None]
         older = [(beat.pid, beat.started) for beat in beats if beat.generation < generation and beat.pid != os.getpid()]
@@ -59,23 +64,29 @@ class NodeMemory:
         for path in (self.folder.path / "verdicts").glob("*.json"):
             path.unlink(missing_ok=True)  # they were about generations that are over
         ensure_snapshot_process(self.folder, BEGIN_S, host=self._host)
-        self._tended = True
+        if self._keeper is None or not self._keeper.is_alive():
+            self._left.clear()
+            self._keeper = threading.Thread(target=self._keep_served, name=f"keep {self.folder.node}", daemon=True)
+            self._keeper.start()
 
-    def tend(self) -> str:
-        """Replace the snapshot process if it died or hangs, and return news of that.
+    def tend(self) -> list[str]:
+        """Return what has happened to the snapshot process since the last call. Blocks: no."""
+        news = []
+        while not self._news.empty():
+            news.append(self._news.get_nowait())
+        return news
 
-        Blocks:      host, only while one is replaced
-        """
-        if not self._tended:
-            return ""
-        began = time.monotonic()
-        try:
-            replaced = self._supervisor.check()
-        except CheckpointError as error:
-            self._tended = False  # said once; training goes on without snapshots here
-            return f"snapshot process of {self.folder.node} cannot be replaced: {error}"
-        took_s = time.monotonic() - began
-        return f"snapshot process of {self.folder.node} replaced in {took_s:.2f} s" if replaced else ""
+    def _keep_served(self) -> None:
+        """Replace the process whenever it died or hangs, so that nobody who asks for news waits for that."""
+        while not self._left.wait(LOOK_S):
+            began = time.monotonic()
+            try:
+                if self._supervisor.check():
+                    took_s = time.monotonic() - began
+                    self._news.put(f"snapshot process of {self.folder.node} replaced in {took_s:.2f} s")
+            except CheckpointError as error:  # said once; training goes on without snapshots here
+                self._news.put(f"snapshot process of {self.folder.node} cannot be replaced: {error}")
+                return
 
     def verdict(self, rank: int, generation: int) -> Failure | None:
         """Return why the watchdog of this node ended a rank, None if it did not."""
@@ -107,7 +118,7 @@ class NodeMemory:
 
     def release(self, ok: bool) -> None:
         """End the snapshot process and remove its memory if the job is complete; else both stay for their lease."""
-        self._tended = False
+        self.leave()
         if not ok:
             return
         try:
@@ -123,7 +134,7 @@ class NodeMemory:
 
     def lose(self, local_dir: Path | None = None) -> None:
         """Make this node lose everything: its snapshot process, its memory, its local level."""
-        self._tended = False
+        self.leave()
         self._kill()
         self.folder.remove()
         if local_dir is not None:
@@ -131,7 +142,9 @@ class NodeMemory:
 
     def leave(self) -> None:
         """Look after it no longer, as if the node could not be reached."""
-        self._tended = False
+        self._left.set()
+        if self._keeper is not None:
+            self._keeper.join(BEGIN_S)
 
     def _kill(self) -> int:
         served = self.folder.read_smp()

@@ -89,7 +89,14 @@ class Origin:
     @property
     def in_memory(self) -> tuple[int, int] | None:
         """Generation and step of the snapshot that must be kept until a newer one is protected."""
-        return None if self.memory is None else (self.memory.choice.generation, self.memory.step)
+        if self.memory is None or self.memory.choice.tier == STORAGE:
+            return None
+        return self.memory.choice.generation, self.memory.step
+
+    @property
+    def anchor(self) -> tuple[int, int] | None:
+        """Generation and step of the newest snapshot that is protected, kept until a newer one is."""
+        return None if self.memory is None else self.memory.anchor
 
     def restore(self, config: JobConfig, identity: Identity, engine: Restorable, world: Peers) -> Progress:
         """Fill the engine and return where the run stands.
@@ -101,7 +108,7 @@ class Origin:
         began = time.perf_counter()
         back = self.memory.restore(engine, world)
         if back.tier == STORAGE:  # what memory held proved damaged
-            return go_on(config, identity, engine, world, back.place, [*self.passed_over, *back.passed_over])
+            return go_on(config, identity, engine, world, back.place, back.passed_over)
         where = f"{back.tier} snapshot of generation {back.generation}"
         check_order(back.extra, identity, where)
         check_model_settings(back.extra, config, where)
@@ -114,7 +121,7 @@ class Origin:
             back.extra["tokens"],
             where,
             time.perf_counter() - began,
-            [*self.passed_over, *back.passed_over],
+            [*back.passed_over, *back.repaired],
             changes(back.extra, config, world.size),
             in_memory=True,
         )

@@ -350,7 +350,7 @@ def _protect(run: Run, origin: Origin) -> None:
     snapshots = run.snapshots
     if snapshots is None:
         return
-    unprotected = snapshots.protect(run.engine, run.device, run.tracer, restored=origin.in_memory)
+    unprotected = snapshots.protect(run.engine, run.device, run.tracer, restored=origin.in_memory, anchor=origin.anchor)
     run.engine.gate = snapshots.gate
     if run.progress.folder:
         snapshots.seed(run.progress.step, run.facts(run.progress.step, run.progress.tokens))

@@ -92,10 +92,9 @@ def node_lines(folder: NodeFolder) -> list[str]:
     return lines
 
 
-def users_of(folder: NodeFolder) -> str:
-    """Name the living processes that need this folder; empty if there are none."""
-    process = folder.read_smp()
-    users = [f"snapshot process {process.pid}"] if process is not None and process.alive else []
+def trainers_of(folder: NodeFolder) -> str:
+    """Name the living workers that train with this folder; empty if there are none."""
+    users = []
     for rank, path in folder.beating().items():
         beat = read_heartbeat(path)
         if beat is not None and is_alive(beat.pid, beat.started):

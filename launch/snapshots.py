@@ -122,10 +122,19 @@ class Snapshots:
 
     # -- taking snapshots --------------------------------------------------------------------------------------------
 
-    def protect(self, engine: Source, device: Device, tracer: Tracer, *, restored: tuple[int, int] | None) -> list[str]:
+    def protect(
+        self,
+        engine: Source,
+        device: Device,
+        tracer: Tracer,
+        *,
+        restored: tuple[int, int] | None,
+        anchor: tuple[int, int] | None,
+    ) -> list[str]:
         """Take room for snapshots and tell the snapshot processes who protects whom; return what is not protected.
 
-        `restored`: generation and step that this one goes on from, which is kept until a newer one is protected.
+        `restored`: generation and step that this one goes on from, `anchor`: the newest that is protected; both are kept
+        until a newer one is protected.
 
         Collective:  every rank of the world
         Raises:      CheckpointError if memory does not suffice, with the bytes needed; PlanError for groups
@@ -172,7 +181,7 @@ class Snapshots:
             local_parity=local,
             chunk_bytes=snapshot.chunk_bytes,
         )
-        on_all_ranks(world, lambda: self.client.adopt(membership, restored, self._settings())).check()
+        on_all_ranks(world, lambda: self.client.adopt(membership, restored, self._settings(), anchor=anchor)).check()
         self._watch.start()
         return weaknesses(groups, nodes, domains, snapshot.redundancy, snapshot.parity)
 

@@ -20,6 +20,7 @@ from torch import nn
 from windlass.data.batch import Batch
 from windlass.dist.comm import Comm, Group
 from windlass.dist.device import Device
+from windlass.dist.env import fault
 from windlass.dist.errors import ModelError
 from windlass.dist.mesh import Mesh
 from windlass.dist.state import Piece
@@ -230,7 +231,9 @@ class Engine:
         seed = 1.0 / tokens if tokens else 0.0
         with self._phase("forward_backward"):
             on_device = [self._put(batch) for batch in batches]
+            self._fault("train.forward")
             losses = self._runner.run(self._schedule(len(batches), train=True), on_device, seed)
+            self._fault("train.backward")
         with self._phase("reduce"):
             squares = self._stepper.settle()
         with self._phase("norm"):
@@ -245,7 +248,7 @@ class Engine:
         with self._phase("step"):
             # The same formula as torch.nn.utils.clip_grad_norm_, so that runs can be compared.
             scale = min(1.0, self._optimizer.clip_norm / (norm + 1e-6)) if self._optimizer.clip_norm else 1.0
-            self._stepper.finish(scale, skipped=skipped)
+            self._stepper.finish(scale, skipped=skipped, between=lambda: self._fault("train.update"))
             self._steps += not skipped
             self._builder.set_steps(self._steps)
             if self._offload is not None:
@@ -320,6 +323,9 @@ class Engine:
             yield from unit.state.pieces(low, high, write=not mine_only)
 
     # ----------------------------------------------------------------------------------------------------------------
+
+    def _fault(self, point: str) -> None:
+        fault(point, rank=self._world.rank, step=self._steps + 1)
 
     def _put(self, batch: Batch) -> Batch:
         return batch.to(self._device.torch_device)

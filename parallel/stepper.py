@@ -137,9 +137,14 @@ class Stepper:
         # A unit that another pipeline rank owns is counted there.
         return [self._squares[u.plan.name] for u in self._units if not u.plan.borrowed]
 
-    def finish(self, scale: float, *, skipped: bool) -> None:
-        """Make the updates with the gradients times `scale`, or none if the step is skipped."""
-        for unit in self._units:
+    def finish(self, scale: float, *, skipped: bool, between: Callable[[], object] = lambda: None) -> None:
+        """Make the updates with the gradients times `scale`, or none if the step is skipped.
+
+        `between` is called between the updates of units, where state is half of one step and half of the next.
+        """
+        for number, unit in enumerate(self._units):
+            if number:
+                between()
             if isinstance(unit.state, StateOnDevice):
                 if skipped:
                     unit.state.skip()

@@ -19,6 +19,7 @@ import pytest
 
 Op = tuple[Any, ...]
 
+
 @dataclass
 class Recorder:
     """Keeps what this process does below `root`; with `full_after`, operations that may need room fail from that one on
@@ -114,7 +115,8 @@ class Recorder:
             if path.is_file():  # what went in through a mapping has not been seen
                 self.log.append(("write", path, 0, path.read_bytes()))
             self.log.append(("sync", path))
-        real(number)
+        else:
+            real(number)
 
     def _mkdir(self, real: Any, path: Any, *args: Any, **options: Any) -> None:
         found = self.below(path)

@@ -64,7 +64,9 @@ def schedule(seed: int, length: int, shape: Shape, rules: Rules | None = None) -
     try:
         if seed % 4:
             world.settle(commits=1)
-        while len(acts) < length:
+        before = -1
+        while before < len(acts) < length:  # too few nodes may be left for anything to happen
+            before = len(acts)
             for kind in rng.choices(list(kinds), list(kinds.values()), k=length):
                 act = (kind, rng.getrandbits(6), rng.getrandbits(6))
                 if len(acts) == length:

@@ -132,48 +132,43 @@ class Node:
 class Fleet:
     """Nodes of one job with one rank each, unless `seats` says which node every rank is on."""
 
-    def __init__(
+    def __init__(self, base: Path, num_nodes: int, *, scheme: str = "xor", k: int = 1) -> None:
+        self.scheme, self.k, self.num_bytes = scheme, k, 10 * CHUNK + 100
+        self.nodes: list[Node] = []
+        self.generation = 0
+        for i in range(num_nodes):
+            self.nodes.append(Node(base, f"node-{i}", 1, num_nodes))
+
+    def begin(
         self,
-        base: Path,
-        num_nodes: int,
+        restored: tuple[int, int] | None = None,
         *,
-        scheme: str = "xor",
-        k: int = 1,
-        num_bytes: int = 10 * CHUNK + 100,
         num_slots: int = 2,
-        generation: int = 1,
         seats: Sequence[int] | None = None,
         settings: Settings | None = None,
     ) -> None:
-        self.seats = list(seats if seats is not None else range(num_nodes))
-        self.settings = settings or Settings(peer_timeout_s=5.0)
-        self.scheme, self.k, self.num_bytes, self.num_slots = scheme, k, num_bytes, num_slots
-        self.nodes = [Node(base, f"node-{i}", generation, len(self.seats)) for i in range(num_nodes)]
-        self.begin(generation)
-
-    def begin(self, generation: int, restored: tuple[int, int] | None = None) -> None:
-        """Begin a generation with all ranks anew."""
+        """Begin another generation, with all ranks anew."""
+        seats = seats if seats is not None else range(len(self.nodes))
+        self.generation += 1
         for node in self.nodes:
-            node.generation, node.ranks = generation, []
-            node.folder.raise_generation(generation)
+            node.generation, node.world_size, node.ranks = self.generation, len(seats), []
+            node.folder.raise_generation(self.generation)
             node.client.close()
-            node.client = SnapshotClient.of(node.folder, generation)
-        self.ranks = [
-            Rank(self.nodes[seat], rank, self.num_bytes, self.num_slots) for rank, seat in enumerate(self.seats)
-        ]
+            node.client = SnapshotClient.of(node.folder, self.generation)
+        self.ranks = [Rank(self.nodes[seat], rank, self.num_bytes, num_slots) for rank, seat in enumerate(seats)]
         for rank in self.ranks:
             rank.node.ranks.append(rank)
-        self.generation, self.membership = generation, self._membership(generation)
+        self.membership = self._membership(self.generation)
+        self.settings = settings or Settings(peer_timeout_s=5.0)
         for node in self.nodes:
             node.client.adopt(self.membership, restored, self.settings)
 
     def _membership(self, generation: int) -> Membership:
-        nodes = [self.nodes[seat] for seat in self.seats]
-        names = [node.name for node in nodes]
+        names = [rank.node.name for rank in self.ranks]
         return Membership(
             job=JOB,
             generation=generation,
-            world_size=len(nodes),
+            world_size=len(names),
             scheme=self.scheme,
             k=self.k,
             groups=plan_groups(names, {name: name for name in names}, self.scheme, 0, self.k),
@@ -216,12 +211,10 @@ class Fleet:
 
 
 @contextmanager
-def fleet_of(base: Path, num_nodes: int, **wishes: object) -> Iterator[Fleet]:
+def fleet_of(base: Path, num_nodes: int, *, scheme: str = "xor", k: int = 1) -> Iterator[Fleet]:
     """Start a fleet and end all its processes."""
-    fleet = Fleet.__new__(Fleet)
-    fleet.nodes = []
+    fleet = Fleet(base, num_nodes, scheme=scheme, k=k)
     try:
-        fleet.__init__(base, num_nodes, **wishes)  # type: ignore[misc, arg-type]
         yield fleet
     finally:
         for node in fleet.nodes:

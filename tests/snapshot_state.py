@@ -63,7 +63,8 @@ def mixed_tensors(seed: int = 0) -> dict[str, torch.Tensor]:
 def capturer(base: Path, source: HeldState, rank: int = 0, *, generation: int = 1, **options: Any) -> Capturer:
     """Open a capturer on a node of its own. `parity`: the group that makes it, True for all replicas; other options go
     into the policy."""
-    wish = options.pop("parity", False)
+    wish, device = options.pop("parity", False), options.pop("device", Device("cpu"))
+    base.mkdir(exist_ok=True)
     parity = LocalParity(source.replicas if wish is True else wish) if wish else None
     chosen = {"chunk_bytes": 4096, "bucket_bytes": 64 << 10, **options}
     made = Capturer(
@@ -73,7 +74,7 @@ def capturer(base: Path, source: HeldState, rank: int = 0, *, generation: int = 
         rank=rank,
         world_size=len(source.replicas),
         source=source,
-        device=Device("cpu"),
+        device=device,
         policy=SnapshotConfig(every=1, **chosen),
         local_parity=parity,
     )

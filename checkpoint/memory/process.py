@@ -30,6 +30,7 @@ ANSWER_S = 0.1  # for the answer to the request to end
 REFRESH_S = 0.1  # between looks for segments
 MAX_CONNECTIONS = 1024
 LOG_BYTES = 4 << 20
+DYING_S = 2.0  # the threads of a killed process are gone by then, and with them its lock and its port
 LOCK = "smp.lock"
 
 
@@ -74,13 +75,18 @@ class SnapshotProcess:
                 log=log,
             )
 
-        try:
-            self._server = serve(port)
-        except CheckpointError as error:
-            if not port:
-                raise
-            log(f"{error}: taking another port")
-            self._server = serve(0)
+        end = time.monotonic() + DYING_S
+        while True:
+            try:
+                self._server = serve(port)
+                break
+            except CheckpointError as error:
+                if not port:
+                    raise
+                if time.monotonic() >= end:
+                    log(f"{error}: taking another port")
+                    port = 0
+                time.sleep(BUSY_S)
         started = process_started(os.getpid()) or 0
         self.served = SnapshotProcess(os.getpid(), started, self._server.host, self._server.port)
 
@@ -324,15 +330,21 @@ def detach(folder: Path) -> None:
     os.chdir("/")
 
 
-def hold(folder: Path) -> int | None:
-    """Take the lock that makes this the only process of a folder, for life; None if another one has it."""
+def hold(folder: Path) -> bool:
+    """Take the lock that makes this the only process of a folder, for life; False if another one has it.
+
+    Blocks: host, a moment: threads of a process that was killed may hold its files a little longer than itself
+    """
     lock = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(lock)
-        return None
-    return lock
+    end = time.monotonic() + DYING_S
+    while True:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except BlockingIOError:
+            if time.monotonic() >= end:
+                return False
+            time.sleep(BUSY_S)
 
 
 def main(arguments: list[str]) -> int:
@@ -345,7 +357,7 @@ def main(arguments: list[str]) -> int:
     given = parser.parse_args(arguments)
     if not given.attached:
         detach(given.folder)
-    if hold(given.folder) is None:
+    if not hold(given.folder):
         return 0
     try:
         SnapshotProcess(given.folder.absolute(), given.host, given.port).run()

@@ -76,19 +76,20 @@ def show_command(
 @app.command(
     "gc",
     help="Remove the snapshots of a run that nobody needs, or without RUN those of every run whose lease is over. "
-    "Nothing is removed that a living process serves or trains in.\n\n"
+    "Nothing is removed while a worker trains with it; a snapshot process is ended with --stop only.\n\n"
     "Examples:\n\n"
-    "    windlass snapshot gc runs/tiny\n\n"
+    "    windlass snapshot gc runs/tiny --stop\n\n"
     "    windlass snapshot gc",
 )
 def gc_command(
     run: Annotated[Path | None, typer.Argument(metavar="[RUN]", help="A run folder.")] = None,
     base: Base = SHM,
     lease_s: Annotated[float, typer.Option(min=0, help="Seconds since anybody needed them, without RUN.")] = 1800.0,
+    stop: Annotated[bool, typer.Option("--stop", help="End the snapshot processes of the run first.")] = False,
 ) -> None:
     from windlass.checkpoint.memory.folder import collect_garbage
     from windlass.dist.errors import CheckpointError
-    from windlass.launch.snapshot_view import users_of
+    from windlass.launch.snapshot_view import trainers_of
 
     if run is None:
         for folder in collect_garbage(base, lease_s):
@@ -96,11 +97,29 @@ def gc_command(
         return
     folders = _folders(run, base)
     for folder in folders:
-        if users := users_of(folder):
-            raise CheckpointError(f"{folder.path} is in use by {users}. End them first, or wait for the lease")
+        served = folder.read_smp()
+        if users := trainers_of(folder):
+            raise CheckpointError(f"{folder.path} is in use by {users}. Stop the run first")
+        if served is not None and served.alive and not stop:
+            raise CheckpointError(
+                f"{folder.path} is served by snapshot process {served.pid}, so the run can go on from it. End it too "
+                "with --stop"
+            )
     for folder in folders:
+        _stop(folder)
         folder.remove()
         typer.echo(f"removed {folder.path}")
+
+
+def _stop(folder: NodeFolder) -> None:
+    """End the snapshot process of a folder."""
+    import signal
+
+    from windlass.checkpoint.memory import pids
+
+    served = folder.read_smp()
+    if served is not None and pids.send(served.pid, served.started, signal.SIGTERM):
+        pids.kill([(served.pid, served.started)], timeout_s=5.0)
 
 
 def _folders(run: Path, base: Path) -> list[NodeFolder]:

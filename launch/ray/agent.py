@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import psutil
+import ray
 
 from windlass.checkpoint.memory import pids
 from windlass.checkpoint.memory.folder import NodeFolder
@@ -50,7 +51,6 @@ class NodeAgent:
         self._folder = site.folder.create(site.token)
         self._raylet = os.getppid()
         self._memory = _memory(site)
-        self._news: list[str] = []
         self._struck = False
         self._busy = threading.Lock()
         self._heard = time.monotonic()
@@ -63,14 +63,6 @@ class NodeAgent:
             if alone and not self._struck:
                 records.end([r for r in records.recorded(self._folder) if r.pid != os.getpid()], KILL_S)
                 self._leave()
-            if self._memory is not None and self._busy.acquire(blocking=False):
-                try:
-                    if news := self._memory.tend():
-                        self._news.append(news)
-                except CheckpointError as error:
-                    self._news.append(str(error))
-                finally:
-                    self._busy.release()
             time.sleep(LOOK_S)
 
     def _leave(self) -> None:
@@ -81,8 +73,7 @@ class NodeAgent:
     def beat(self) -> list[str]:
         """Say that somebody still needs this node; return news for people."""
         self._heard = time.monotonic()
-        news, self._news = self._news, []
-        return news
+        return [] if self._memory is None else self._memory.tend()
 
     def fence(self, generation: int) -> None:
         """Let nothing of an older generation change anything here, and have a snapshot process.
@@ -129,6 +120,7 @@ class NodeAgent:
             pids.kill([(pid, process_started(pid) or 0) for pid in doomed], KILL_S)
             records.end([r for r in records.recorded(self._folder) if r.pid != os.getpid()], KILL_S)
             if self._memory is not None:
+                self._memory.leave()
                 self._memory.kill()
         if kind == "node":
             self._folder.remove()
@@ -144,4 +136,4 @@ def _memory(site: Site) -> NodeMemory | None:
         return None
     from windlass.launch.node_memory import NodeMemory
 
-    return NodeMemory(site.folder, site.token)
+    return NodeMemory(site.folder, site.token, ray.util.get_node_ip_address())

@@ -25,7 +25,8 @@ from windlass.launch.control_log import ControlLog
 from windlass.launch.controller import Controller, Patience
 from windlass.launch.decide import Limits
 from windlass.launch.drill import Strike
-from windlass.launch.ray.fleet import RayFleet, Wishes
+from windlass.launch.ray.fleet import RayFleet
+from windlass.launch.ray.wishes import Wishes
 from windlass.launch.run_folder import RunFolder, RunLock
 
 FAILED = 1
@@ -155,7 +156,9 @@ class JobController:
 
     def _keep_running(self) -> int:
         job = self._job
-        with RunLock(RunFolder(job.run)):
+        folder = RunFolder(job.run)
+        folder.create()
+        with RunLock(folder):
             fleet = RayFleet(job.wishes, self._feed)
             return Controller(
                 fleet,

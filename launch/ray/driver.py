@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
+from ray._private import worker
 from ray.exceptions import GetTimeoutError, RayActorError
 from ray.util import list_named_actors
 
@@ -30,8 +31,8 @@ from windlass.launch.ray import records
 from windlass.launch.ray.cluster import connected, wants_gpu
 from windlass.launch.ray.controller import JobController, RayJob
 from windlass.launch.ray.emulated import emulated
-from windlass.launch.ray.fleet import NAMESPACE, Wishes, actor_prefix
 from windlass.launch.ray.placement import plan_placement
+from windlass.launch.ray.wishes import NAMESPACE, Wishes, actor_prefix
 from windlass.launch.ray.worker_actor import forwarded
 from windlass.launch.supervisor import StopCount, StopRequests
 
@@ -54,6 +55,7 @@ class Recovering:
     local_dir: str = ""
     strikes: tuple[Strike, ...] = ()
     variables: Mapping[str, str] = field(default_factory=dict)
+    fork_server: bool = False
     lease_s: float = 30.0
 
 
@@ -84,6 +86,7 @@ def launch_recovering(
             num_nodes=num_nodes,
             spread=spread,
             gpu=wants_gpu(device, config.workers),
+            fork_server=recovering.fork_server,
             lease_s=recovering.lease_s,
             cwd=str(Path.cwd()),
             common=forwarded(),
@@ -116,8 +119,20 @@ def _cluster(address: str, config: LaunchConfig, num_nodes: int) -> Iterator[str
             nodes = max(num_nodes, 1)
             made = stack.enter_context(emulated(nodes + config.spares, -(-config.workers // nodes)))
             address = made.address
+        stack.enter_context(_without_news())
         stack.enter_context(connected(address, config.workers, namespace=NAMESPACE))
         yield address
+
+
+@contextlib.contextmanager
+def _without_news() -> Iterator[None]:
+    """Keep Ray from printing a page about every process that ends, which it does whatever it is told about logs."""
+    printed = worker.print_to_stdstream
+    worker.print_to_stdstream = lambda *args, **kwargs: None
+    try:
+        yield
+    finally:
+        worker.print_to_stdstream = printed
 
 
 def _start(job: RayJob) -> Any:

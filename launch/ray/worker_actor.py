@@ -28,11 +28,14 @@ import ray
 
 from windlass.checkpoint.memory.folder import NodeFolder
 from windlass.dist import env
+from windlass.dist.errors import WorkerError
 from windlass.launch.failure import ERROR_FILE, Failure, read_failure
+from windlass.launch.forkserver import ForkServer
 from windlass.launch.local import (
     LaunchConfig,
     LineReader,
     WorkerCommand,
+    WorkerProcess,
     num_cores,
     send_to_group,
     spawn,
@@ -87,18 +90,23 @@ class Job:
 class WorkerActor:
     """Runs one worker process at a time. One thread waits in `poll`, others serve the rest.
 
-    With `lease_s` it ends itself and its worker when nobody has spoken to it for so long.
+    With `lease_s` it ends itself and its worker when nobody has spoken to it for so long. With `fork_server` workers
+    are forked from a process that has imported everything.
     """
 
-    def __init__(self, lease_s: float = 0.0) -> None:
+    def __init__(self, lease_s: float = 0.0, fork_server: bool = False) -> None:
         self._folder = Path(tempfile.mkdtemp(prefix="windlass-"))
         self._reader = LineReader()
         self._lines: deque[Line] = deque(maxlen=MAX_LINES)
         self._number = 0
-        self._process: subprocess.Popen[bytes] | None = None
+        self._process: WorkerProcess | None = None
+        self._server = ForkServer() if fork_server else None
+        if self._server is not None:
+            self._server.warm_up()
+        self._node: NodeFolder | None = None
         self._failure: Failure | None = None
         self._job = Job()
-        self._pumping = threading.Lock()
+        self._using = threading.Lock()  # the process and its lines: several readers, signals, starts
         self._heard = time.monotonic()
         if lease_s:
             threading.Thread(target=self._watch, args=(lease_s,), daemon=True, name="lease").start()
@@ -106,10 +114,8 @@ class WorkerActor:
     def _watch(self, lease_s: float) -> None:
         while time.monotonic() - self._heard < lease_s:
             time.sleep(min(1.0, lease_s / 4))
-        if self._process is not None:
-            send_to_group(self._process, signal.SIGKILL)
         shutil.rmtree(self._folder, ignore_errors=True)
-        os._exit(0)  # from a thread; Ray does not start this actor again
+        os._exit(0)  # its worker dies with it; Ray does not start this actor again
 
     def beat(self) -> Job:
         """Say that somebody still needs this actor; return what it runs."""
@@ -142,14 +148,14 @@ class WorkerActor:
     ) -> None:
         """Start a worker, after the end of the one before, and pass on the streams named in `show`."""
         self.beat()
-        self._end()
         report = self._folder / "failure.json"
-        report.unlink(missing_ok=True)
-        with self._pumping:
-            self._job, self._failure = job or Job(), None
+        with self._using:
+            self._end()
+            report.unlink(missing_ok=True)
+            self._job, self._node, self._failure = job or Job(), node, None
             self._reader.close()
             self._reader = LineReader()
-            process = spawn(
+            process = (self._server.spawn if self._server is not None else spawn)(
                 command,
                 {**variables, ERROR_FILE: str(report)},
                 stdout=subprocess.PIPE if "stdout" in show else subprocess.DEVNULL,
@@ -171,9 +177,12 @@ class WorkerActor:
         if process is None:
             return
         send_to_group(process, signal.SIGKILL)
-        process.wait(END_S)
-        with self._pumping:
-            self._reader.drain()
+        until = time.monotonic() + END_S
+        while process.poll() is None:
+            if time.monotonic() > until:
+                raise WorkerError(f"process {process.pid} of {self._job} has been killed and does not end")
+            time.sleep(0.005)
+        self._reader.drain()
 
     def _keep(self, stream: str, text: str) -> None:
         self._number += 1
@@ -187,7 +196,7 @@ class WorkerActor:
         until = time.monotonic() + wait_s
         while True:
             self.beat()
-            with self._pumping:
+            with self._using:
                 while self._lines and self._lines[0].number <= forget:
                     self._lines.popleft()
                 process = self._process
@@ -196,20 +205,28 @@ class WorkerActor:
                 code = process.poll()
                 if code is not None:
                     self._reader.drain()
-                    self._failure = self._failure or read_failure(self._folder / "failure.json")
+                    self._failure = self._failure or read_failure(self._folder / "failure.json") or self._verdict(code)
                 if self._number > after or code is not None or time.monotonic() >= until:
                     return Polled(tuple(line for line in self._lines if line.number > after), code, self._failure)
                 self._reader.pump(0.05)
 
+    def _verdict(self, code: int) -> Failure | None:
+        """Return why the watchdog of the node killed the worker, if it did."""
+        if self._node is None or code != -signal.SIGKILL:
+            return None
+        from windlass.launch.node_memory import verdict_of
+
+        return verdict_of(self._node, self._job.rank, self._job.generation)
+
     def send(self, signum: int) -> None:
         """Send a signal to the worker."""
-        if self._process is not None:
-            send_to_group(self._process, signum)
+        with self._using:
+            if self._process is not None:
+                send_to_group(self._process, signum)
 
     def clean(self) -> None:
         """End the worker and remove this actor's files, once no worker of the run needs them."""
-        if self._process is not None:
-            send_to_group(self._process, signal.SIGKILL)
+        self.send(signal.SIGKILL)
         shutil.rmtree(self._folder, ignore_errors=True)
 
 

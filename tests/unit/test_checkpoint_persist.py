@@ -37,6 +37,12 @@ class Crash(BaseException):
     """The process ends here: nothing below catches it, nothing is cleared up."""
 
 
+@pytest.fixture(autouse=True)
+def no_drive(monkeypatch):
+    """Nothing here depends on drives (test_checkpoint_power_loss.py does)."""
+    monkeypatch.setattr("os.fsync", lambda file: None)
+
+
 @pytest.fixture(params=["folder", "memory://", "file by fsspec"])
 def target(request, tmp_path, monkeypatch):
     """A place for checkpoints: a folder, and the two kinds of URL that need no server."""

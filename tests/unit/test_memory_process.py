@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -34,10 +35,17 @@ MIB = 1 << 20
 ROOT = Path(__file__).resolve().parents[2]
 
 
-@pytest.fixture
-def fleet(tmp_path: Path) -> Iterator[Fleet]:
-    with fleet_of(tmp_path, 2) as fleet:
+@pytest.fixture(scope="module")
+def two_nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
+    with fleet_of(tmp_path_factory.mktemp("nodes"), 2) as fleet:
         yield fleet
+
+
+@pytest.fixture
+def fleet(two_nodes: Fleet) -> Fleet:
+    """Two nodes at the beginning of a generation of their own."""
+    two_nodes.begin()
+    return two_nodes
 
 
 @pytest.fixture
@@ -127,6 +135,7 @@ def test_a_stopped_process_is_replaced_and_a_healthy_one_is_left_alone(node: Nod
     supervisor = Supervisor(node.folder)
     assert not supervisor.check()
     os.kill(node.served.pid, signal.SIGSTOP)
+    until(lambda: pids.letter(node.served.pid) == pids.STOPPED)
     assert supervisor.check()
     after = node.folder.read_smp()
     assert after is not None and after.pid != node.served.pid and after.port == node.served.port
@@ -158,20 +167,22 @@ def test_a_process_that_knows_no_generation_serves_nothing(tmp_path: Path) -> No
 
 def test_what_an_older_generation_asks_is_refused(fleet: Fleet) -> None:
     old = fleet.nodes[0].client
-    fleet.nodes[0].folder.raise_generation(2)
-    with pytest.raises(CheckpointError, match="generation 1 is over: node node-0 is at 2"):
+    over, now = fleet.generation, fleet.generation + 1
+    membership = fleet.membership
+    fleet.nodes[0].folder.raise_generation(now)
+    with pytest.raises(CheckpointError, match=f"generation {over} is over: node node-0 is at {now}"):
         old.inventory()
-    with pytest.raises(CheckpointError, match="generation 1 is over"):
-        old.adopt(fleet.membership)
-    with pytest.raises(CheckpointError, match="is at generation 2: 1 is over"):
-        old.fence(1)
+    with pytest.raises(CheckpointError, match=f"generation {over} is over"):
+        old.adopt(membership)
+    with pytest.raises(CheckpointError, match=f"is at generation {now}: {over} is over"):
+        old.fence(over)
 
 
 def test_a_client_without_a_generation_speaks_for_the_one_the_node_is_at(fleet: Fleet) -> None:
     with SnapshotClient.of(fleet.nodes[0].folder) as client:
-        assert client.inventory().generation == 1
-        fleet.nodes[0].folder.raise_generation(7)
-        assert client.inventory().generation == 7
+        assert client.inventory().generation == fleet.generation
+        fleet.begin()
+        assert client.inventory().generation == fleet.generation
 
 
 def test_fencing_kills_the_trainers_of_older_generations_and_no_others(node: Node) -> None:
@@ -202,19 +213,20 @@ def test_fencing_kills_the_trainers_of_older_generations_and_no_others(node: Nod
 def test_adopting_twice_is_nothing_and_other_members_in_one_generation_are_refused(fleet: Fleet) -> None:
     client = fleet.nodes[0].client
     client.adopt(fleet.membership, None, fleet.settings)
-    fleet.settings, fleet.scheme = Settings(), "none"
-    with pytest.raises(CheckpointError, match="generation 1 began with other members"):
-        client.adopt(fleet._membership(1), None, fleet.settings)
+    other = replace(fleet.membership, scheme="none")
+    with pytest.raises(CheckpointError, match=f"generation {fleet.generation} began with other members"):
+        client.adopt(other, None, fleet.settings)
 
 
 def test_the_next_generation_keeps_what_was_restored_until_it_has_committed(fleet: Fleet) -> None:
     fleet.commit(3)
     fleet.commit(4)
-    fleet.begin(2, restored=(1, 4))
-    assert all(node.states()[1, r.rank, 4] == "COMMITTED" for node in fleet.nodes for r in node.ranks)
+    old = fleet.generation
+    fleet.begin(restored=(old, 4))
+    assert all(node.states()[old, r.rank, 4] == "COMMITTED" for node in fleet.nodes for r in node.ranks)
     fleet.commit(4)
-    until(lambda: all(set(node.states()) == {(2, r.rank, 4) for r in node.ranks} for node in fleet.nodes))
-    assert all(node.folder.memberships() == [2] for node in fleet.nodes)
+    until(lambda: all(set(node.states()) == {(old + 1, r.rank, 4) for r in node.ranks} for node in fleet.nodes))
+    until(lambda: all(node.folder.memberships() == [old + 1] for node in fleet.nodes))
 
 
 # -- snapshots -------------------------------------------------------------------------------------------------------
@@ -225,7 +237,8 @@ def test_snapshots_are_hashed_protected_committed_and_only_then_are_older_ones_f
         fleet.commit(step)
         for node in fleet.nodes:
             node.check(step)
-    assert all(set(node.states()) == {(1, r.rank, 3) for r in node.ranks} for node in fleet.nodes)
+    now = fleet.generation
+    assert all(set(node.states()) == {(now, r.rank, 3) for r in node.ranks} for node in fleet.nodes)
     status = fleet.nodes[1].client.status()
     assert status.newest["ram"] == status.newest["peers"] == 3
     assert status.leader == "node-0" and status.degraded == [] and status.lag == 0 and status.last_error == ""
@@ -233,20 +246,20 @@ def test_snapshots_are_hashed_protected_committed_and_only_then_are_older_ones_f
 
 def test_bytes_of_a_slot_are_read_over_the_network_with_their_hashes(fleet: Fleet) -> None:
     fleet.commit(1)
-    client = fleet.nodes[1].client
-    header = client.header(1, "data", 1, 1)
+    client, now = fleet.nodes[1].client, fleet.generation
+    header = client.header(1, "data", 1, now)
     assert header is not None and header.state >= State.ENCODED and len(header.hashes[1]) == header.num_chunks
     got = np.empty(header.num_bytes - CHUNK, np.uint8)
-    client.read(1, "data", 1, 1, CHUNK, got.data)
+    client.read(1, "data", 1, now, CHUNK, got.data)
     assert np.array_equal(got, data_of(1, 1, header.num_bytes)[CHUNK:])
-    assert client.header(1, "data", 9, 1) is None
+    assert client.header(1, "data", 9, now) is None
     with pytest.raises(CheckpointError, match="does not hold data of rank 1, step 9"):
-        client.read(1, "data", 9, 1, 0, got.data)
+        client.read(1, "data", 9, now, 0, got.data)
     with pytest.raises(CheckpointError, match="were asked for"):
-        client.read(1, "data", 1, 1, header.num_bytes, got.data)
+        client.read(1, "data", 1, now, header.num_bytes, got.data)
     assert client.layout(header.layout).num_bytes == header.num_bytes
-    assert client.membership(1) == fleet.membership
-    assert {(h["rank"], h["role"], h["step"], h["ok"]) for h in client.inventory().held} == {
+    assert client.membership(now) == fleet.membership
+    assert {(h["rank"], h["role"], h["step"], h["ok"]) for h in client.inventory().held if h["generation"] == now} == {
         (1, "data", 1, True),
         (1, "parity", 1, True),
     }
@@ -257,21 +270,26 @@ def test_a_snapshot_that_is_half_copied_is_listed_as_not_whole_and_never_committ
     fleet.ranks[0].snapshot(2)
     fleet.ranks[1].snapshot(2, copied=CHUNK)
     until(lambda: fleet.nodes[0].client.status().newest["ram"] == 2)
-    listed = {h["step"]: h for h in fleet.nodes[1].client.inventory().held if h["role"] == "data"}
+    held = fleet.nodes[1].client.inventory().held
+    listed = {h["step"]: h for h in held if h["role"] == "data" and h["tier"] == "ram"}
     assert not listed[2]["ok"] and "FILLING" in listed[2]["why"] and listed[1]["ok"]
     assert fleet.nodes[0].client.status().newest["peers"] == 1
     fleet.nodes[1].check(1)
 
 
-def test_several_ranks_of_a_node_are_committed_together(tmp_path: Path) -> None:
-    with fleet_of(tmp_path, 2, seats=[0, 0, 1, 1]) as fleet:
-        for rank in fleet.ranks[:3]:
-            assert rank.snapshot(1)
-        until(lambda: fleet.nodes[0].client.status().newest["ram"] == 1)
-        assert fleet.nodes[0].client.status().newest["peers"] == -1
-        assert fleet.ranks[3].snapshot(1)
-        until(lambda: fleet.committed(1))
-        fleet.nodes[0].check(1)
+def test_several_ranks_of_a_node_are_committed_together_and_segments_of_the_world_before_go(fleet: Fleet) -> None:
+    fleet.commit(1)
+    before = {file.path for file in fleet.nodes[1].folder.segments()}
+    fleet.begin(seats=[0, 0, 1, 1])
+    for rank in fleet.ranks[:3]:
+        assert rank.snapshot(1)
+    until(lambda: fleet.nodes[0].client.status().newest["ram"] == 1)
+    assert fleet.nodes[0].client.status().newest["peers"] == -1
+    assert before <= {file.path for file in fleet.nodes[1].folder.segments()}
+    assert fleet.ranks[3].snapshot(1)
+    until(lambda: fleet.committed(1))
+    fleet.nodes[0].check(1)
+    until(lambda: {file.rank for file in fleet.nodes[1].folder.segments()} == {2, 3})
 
 
 def test_a_node_that_does_not_answer_is_named_and_the_job_is_degraded(fleet: Fleet) -> None:
@@ -283,6 +301,10 @@ def test_a_node_that_does_not_answer_is_named_and_the_job_is_degraded(fleet: Fle
     assert "node-1" in status().last_error
     until(lambda: status().degraded == [0, 1])
     assert status().newest["peers"] == 1
+    fleet.nodes[1].respawn()
+    fleet.ranks[1].snapshot(2)
+    until(lambda: fleet.committed(2))
+    assert status().silent == {} and status().degraded == []
 
 
 def test_a_step_that_can_never_be_protected_is_given_up_with_its_parity(tmp_path: Path) -> None:
@@ -324,7 +346,7 @@ def test_a_level_is_due_at_the_first_committed_step_after_each_multiple_and_coun
     assert not Cadence(0, 0).due(100, busy=False)
 
 
-def test_due_steps_are_written_to_storage_and_to_drives_by_all_nodes(tmp_path: Path) -> None:
+def test_due_steps_are_written_to_storage_and_to_drives_by_all_nodes(fleet: Fleet, tmp_path: Path) -> None:
     wishes = Settings(
         mode="lazy",
         every=2,
@@ -333,54 +355,51 @@ def test_due_steps_are_written_to_storage_and_to_drives_by_all_nodes(tmp_path: P
         local_dir=str(tmp_path / "drive"),
         peer_timeout_s=5.0,
     )
-    (tmp_path / "shm").mkdir()
-    with fleet_of(tmp_path / "shm", 2, num_slots=3, settings=wishes) as fleet:
-        fleet.commit(1)
-        fleet.commit(2)
-        status = fleet.nodes[1].client.status
-        until(lambda: (status().newest["storage"], status().newest["local"]) == (2, 2))
-        fleet.commit(3)
-        assert [p.name for p in (tmp_path / "checkpoints").glob("step-*")] == ["step-00000002"]
-        reader = CheckpointReader(tmp_path / "checkpoints" / "step-00000002")
-        assert reader.manifest.extra["generation"] == 1
-        listed = {(h["tier"], h["role"], h["step"]) for h in fleet.nodes[1].client.inventory().held}
-        assert {("local", "data", 2), ("local", "parity", 2), ("ram", "data", 3)} <= listed
-        header = fleet.nodes[1].client.header(1, "data", 2, 1, tier="local")
-        assert header is not None
-        got = np.empty(header.num_bytes, np.uint8)
-        fleet.nodes[1].client.read(1, "data", 2, 1, 0, got.data, tier="local")
-        assert np.array_equal(got, data_of(1, 2, header.num_bytes))
+    fleet.begin(num_slots=3, settings=wishes)
+    fleet.commit(1)
+    fleet.commit(2)
+    client, now = fleet.nodes[1].client, fleet.generation
+    until(lambda: (client.status().newest["storage"], client.status().newest["local"]) == (2, 2))
+    fleet.commit(3)
+    assert [p.name for p in (tmp_path / "checkpoints").glob("step-*")] == ["step-00000002"]
+    reader = CheckpointReader(tmp_path / "checkpoints" / "step-00000002")
+    assert reader.manifest.extra["generation"] == now and reader.manifest.extra["step"] == 2
+    listed = {(h["tier"], h["role"], h["step"]) for h in client.inventory().held}
+    assert {("local", "data", 2), ("local", "parity", 2), ("ram", "data", 3)} <= listed
+    header = client.header(1, "data", 2, now, tier="local")
+    assert header is not None
+    got = np.empty(header.num_bytes, np.uint8)
+    client.read(1, "data", 2, now, 0, got.data, tier="local")
+    assert np.array_equal(got, data_of(1, 2, header.num_bytes))
 
 
-def test_a_flush_makes_the_newest_protected_step_durable_and_waits_for_one_that_is_asked_for(tmp_path: Path) -> None:
-    wishes = Settings(storage=str(tmp_path / "checkpoints"), peer_timeout_s=5.0)
-    (tmp_path / "shm").mkdir()
-    with fleet_of(tmp_path / "shm", 2, settings=wishes) as fleet:
-        ask = fleet.nodes[1].client  # not the leader
-        with pytest.raises(CheckpointError, match="no step of generation 1 is committed yet"):
-            ask.flush(0.5)
-        fleet.commit(1)
-        done = ask.flush(10.0)
-        assert done.step == 1 and Path(done.place).name == "step-00000001" and done.num_bytes > 0
-        assert ask.flush(10.0) == done, "what is durable is not written again"
-        fleet.ranks[0].snapshot(2)
-        with pytest.raises(CheckpointError, match=r"step 2 was not protected within .* waiting for .*rank 1 on node-1"):
-            ask.flush(0.3, at_least=2)
-        fleet.ranks[1].snapshot(2)
-        assert ask.flush(10.0, at_least=2).step == 2
+def test_a_flush_makes_the_newest_protected_step_durable_and_waits_for_one_that_is_asked_for(
+    fleet: Fleet, tmp_path: Path
+) -> None:
+    fleet.begin(settings=Settings(storage=str(tmp_path / "checkpoints"), peer_timeout_s=5.0))
+    ask = fleet.nodes[1].client  # not the leader
+    with pytest.raises(CheckpointError, match=f"no step of generation {fleet.generation} is committed yet"):
+        ask.flush(0.5)
+    fleet.commit(1)
+    done = ask.flush(10.0)
+    assert done.step == 1 and Path(done.place).name == "step-00000001" and done.num_bytes > 0
+    assert ask.flush(10.0) == done, "what is durable is not written again"
+    fleet.ranks[0].snapshot(2)
+    with pytest.raises(CheckpointError, match=r"step 2 was not protected within .* waiting for .*rank 1 on node-1"):
+        ask.flush(0.3, at_least=2)
+    fleet.ranks[1].snapshot(2)
+    assert ask.flush(10.0, at_least=2).step == 2
 
 
-def test_a_step_that_cannot_be_written_is_reported_and_training_goes_on(tmp_path: Path) -> None:
+def test_a_step_that_cannot_be_written_is_reported_and_training_goes_on(fleet: Fleet, tmp_path: Path) -> None:
     (tmp_path / "checkpoints").write_text("a file where a folder should be")
-    wishes = Settings(mode="async", every=1, storage=str(tmp_path / "checkpoints"), peer_timeout_s=5.0)
-    (tmp_path / "shm").mkdir()
-    with fleet_of(tmp_path / "shm", 2, settings=wishes) as fleet:
-        fleet.commit(1)
-        until(lambda: "step 1" in fleet.nodes[1].client.status().last_error)
-        assert fleet.nodes[0].client.status().newest["storage"] == -1
-        fleet.commit(2)
-        with pytest.raises(CheckpointError, match="step 2"):
-            fleet.nodes[0].client.flush(5.0)
+    fleet.begin(settings=Settings(mode="async", every=1, storage=str(tmp_path / "checkpoints"), peer_timeout_s=5.0))
+    fleet.commit(1)
+    until(lambda: "step 1" in fleet.nodes[1].client.status().last_error)
+    assert fleet.nodes[0].client.status().newest["storage"] == -1
+    fleet.commit(2)
+    with pytest.raises(CheckpointError, match="step 2"):
+        fleet.nodes[0].client.flush(5.0)
 
 
 def test_settings_that_are_unknown_or_of_another_kind_are_named() -> None:

@@ -93,7 +93,7 @@ def test_votes_and_decrees_survive_the_wire() -> None:
 
 @st.composite
 def histories(draw: st.DrawFn) -> tuple[dict[str, list[dict[int, State]]], list[tuple[str, int]]]:
-    """What every node held over time (states only move forward, a step is freed last), and which reports arrive when."""
+    """What every node held over time, and which of its reports arrive when."""
     held: dict[str, list[dict[int, State]]] = {}
     for node in NODES:
         now: dict[int, State] = {}

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -126,15 +128,22 @@ def test_a_run_without_snapshots_here_is_an_error_that_names_the_folder(run: Pat
         windlass(run, "ls", tmp_path / "other")
 
 
-def test_gc_removes_the_snapshots_of_a_run_but_never_what_a_living_process_needs(run: Path) -> None:
-    me = os.getpid()
-    folders(run)[1].write_smp(SnapshotProcess(me, process_started(me) or 0, "127.0.0.1", 1))
-    with pytest.raises(CheckpointError, match=f"in use by snapshot process {me}"):
-        windlass(run, "gc", run)
+def test_gc_never_removes_what_a_worker_trains_with(run: Path) -> None:
+    beat = Heartbeat(folders(run)[1].beat_path(1), 2)
+    beat.beat(Phase.STEP, 6)
+    with pytest.raises(CheckpointError, match=rf"in use by rank 1 \(process {os.getpid()}\)"):
+        windlass(run, "gc", run, "--stop")
     assert all(folder.path.exists() for folder in folders(run))
-    folders(run)[1].smp_path.unlink()
-    assert windlass(run, "gc", run).output.count("removed") == 2
-    assert not any(folder.path.exists() for folder in folders(run))
+
+
+def test_gc_ends_a_snapshot_process_only_where_that_is_wanted(run: Path) -> None:
+    process = subprocess.Popen([sys.executable, "-c", "import threading; threading.Event().wait(60)"])
+    started = process_started(process.pid) or 0
+    folders(run)[1].write_smp(SnapshotProcess(process.pid, started, "127.0.0.1", 1))
+    with pytest.raises(CheckpointError, match=f"served by snapshot process {process.pid}.*--stop"):
+        windlass(run, "gc", run)
+    assert windlass(run, "gc", run, "--stop").output.count("removed") == 2
+    assert process.wait(10) < 0 and not any(folder.path.exists() for folder in folders(run))
 
 
 def test_gc_without_a_run_removes_those_whose_lease_is_over(run: Path) -> None:

@@ -371,7 +371,7 @@ def test_another_rank_without_room_makes_all_leave_a_snapshot_out(tmp_path: Path
 
 def test_a_signal_has_the_newest_snapshot_made_durable_at_once(tmp_path: Path) -> None:
     memory = Memory()
-    run = FakeRun(tmp_path, steps=50, snapshots=memory)
+    run = FakeRun(tmp_path, steps=1000, snapshots=memory)
     run.recorder.react = lambda event: (
         signal.raise_signal(signal.SIGTERM) if isinstance(event, Stepped) and event.step == 2 else None
     )

@@ -1,0 +1,181 @@
+"""The agents of a job's nodes from the controller's side: started, asked to fence, listened to, replaced.
+
+An agent that dies or falls silent is replaced while its node lives. A node is lost when Ray says so, when Ray's
+process on it no longer listens, or when nothing on it has answered for BEAT_S x BEATS. Must not know: workers.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, final
+
+import ray
+from ray.exceptions import GetTimeoutError, RayActorError, RayError
+
+from windlass.dist.errors import ConfigError
+from windlass.launch.ray.agent import NodeAgent, Site
+from windlass.launch.ray.places import Place, Places
+from windlass.launch.ray.wishes import Wishes, actor_on, cause_of
+
+BEAT_S, BEATS = 1.0, 3
+FENCE_S = 30.0  # for a node that answers; first of all its agent starts
+ANSWER_S = 5.0
+GONE = "Ray's process on it is gone"
+
+
+@dataclass
+class _Agent:
+    """The agent of a place, and the call to it that is under way since `since`."""
+
+    handle: Any
+    node_id: str
+    call: Any = None
+    since: float = 0.0
+    patience: float = BEAT_S * BEATS
+
+    def ask(self, call: Any, patience: float) -> None:
+        self.call, self.since, self.patience = call, time.monotonic(), patience
+
+
+@final
+class Agents:
+    """One agent on each node that holds the job or may come to."""
+
+    def __init__(self, wishes: Wishes, places: Places) -> None:
+        self._wishes, self._places = wishes, places
+        self._agents: dict[str, _Agent] = {}
+        self._beaten = 0.0
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._agents
+
+    def _on(self, place: Place) -> _Agent:
+        """Return the agent of a place, a new one if there is none."""
+        known = self._agents.get(place.name)
+        if known is None or known.node_id != place.node_id:
+            wishes = self._wishes
+            site = Site(wishes.folder(place.name), wishes.token, wishes.snapshots, wishes.local_dir, wishes.lease_s)
+            handle = actor_on(place, NodeAgent, wishes.job, f"agent-{place.name}", {}).remote(site)
+            known = self._agents[place.name] = _Agent(handle, place.node_id)
+        return known
+
+    def begin_fence(self, place: Place, generation: int) -> None:
+        """Have the agent of a place, and let it fence; `listen` sees what comes of it."""
+        agent = self._on(place)
+        agent.ask(agent.handle.fence.remote(generation), FENCE_S)
+
+    def fence(self, places: Sequence[Place], generation: int) -> None:
+        """Fence nodes, all at once; those where that fails count as lost.
+
+        Blocks:      host, at most FENCE_S
+        """
+        tries = {place.name: 0 for place in places}
+        for place in places:
+            self.begin_fence(place, generation)
+        while tries:
+            self._places.refresh()
+            for name in list(tries):
+                place, agent = self._places[name], self._agents[name]
+                ready, _ = ray.wait([agent.call], timeout=0.02)
+                try:
+                    if not place.alive or time.monotonic() - agent.since > FENCE_S:
+                        place.lost = place.lost or "its agent does not answer"
+                    elif not ready:
+                        continue
+                    else:
+                        ray.get(agent.call)
+                except RayActorError:
+                    tries[name] += 1
+                    del self._agents[name]
+                    if tries[name] < BEATS and place.answers():
+                        self.begin_fence(place, generation)
+                        continue
+                    place.lost = GONE
+                except RayError as exc:
+                    place.lost = cause_of(exc)
+                del tries[name]
+                agent.call = None
+
+    def tend(self, generation: int, answers: Callable[[Place], bool]) -> list[str]:
+        """Listen to every agent, speak to it once in BEAT_S, and return news. `answers`: something else of a node does.
+
+        Blocks:      no
+        """
+        news = [line for name in list(self._agents) for line in self._listen(name, generation, answers)]
+        now = time.monotonic()
+        if now - self._beaten >= BEAT_S:
+            self._beaten = now
+            for name, agent in self._agents.items():
+                if agent.call is None and self._places[name].usable:
+                    agent.ask(agent.handle.beat.remote(), BEAT_S * BEATS)
+        return news
+
+    def _listen(self, name: str, generation: int, answers: Callable[[Place], bool]) -> list[str]:
+        agent, place = self._agents[name], self._places[name]
+        if agent.call is None or not place.usable:
+            return []
+        ready, _ = ray.wait([agent.call], timeout=0)
+        silent_s = time.monotonic() - agent.since
+        if not ready and silent_s < agent.patience:
+            return []
+        try:
+            if ready:
+                answer = ray.get(agent.call)
+                agent.call = None
+                return list(answer or [])
+            if not answers(place):
+                place.lost = f"nothing on it has answered for {silent_s:.0f} s"
+            ray.kill(agent.handle)
+        except RayActorError:
+            if not place.answers():
+                place.lost = GONE
+        except RayError as exc:
+            agent.call = None
+            return [f"{name}: {cause_of(exc)}"]
+        del self._agents[name]
+        if place.lost:
+            return []
+        self.begin_fence(place, generation)
+        return [f"agent of {name} replaced"]
+
+    def flush(self, names: Sequence[str], deadline_s: float) -> int | None:
+        """Ask agents in this order to make the newest common step durable, and return it."""
+        until = time.monotonic() + deadline_s
+        for name in names:
+            left = until - time.monotonic()
+            if left <= 0 or name not in self._agents or not self._places[name].usable:
+                continue
+            try:
+                step: int | None = ray.get(self._agents[name].handle.flush.remote(left), timeout=left)
+            except (RayError, GetTimeoutError):
+                continue
+            if step is not None:
+                return step
+        return None
+
+    def release(self, ok: bool) -> None:
+        """End the agents, and what is left of the job on their nodes."""
+        calls = [agent.handle.release.remote(ok) for name, agent in self._agents.items() if self._places[name].usable]
+        if calls:
+            ray.wait(calls, num_returns=len(calls), timeout=FENCE_S)
+        for agent in self._agents.values():
+            ray.kill(agent.handle)
+        self._agents.clear()
+
+    def strike(self, place: Place, kind: str, generation: int) -> None:
+        """Break a node on purpose through its agent.
+
+        Raises:      ConfigError if it is lost already
+        """
+        try:
+            ray.get(self._on(place).handle.beat.remote(), timeout=ANSWER_S)
+        except (RayError, GetTimeoutError):  # struck before
+            self._agents.pop(place.name, None)
+            self.fence([place], generation)
+        if place.name not in self._agents or not place.usable:
+            raise ConfigError(f"--kill {kind}={place.name}: it is lost already ({place.lost or 'Ray says so'})")
+        call = self._agents[place.name].handle.strike.remote(kind)
+        if kind == "smp":
+            ray.get(call, timeout=ANSWER_S)

@@ -1,0 +1,146 @@
+"""Snapshot processes killed at every point of the protocol: nothing is lost, and training never waits for them."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.snapshot_nodes import CHUNK, Fleet, Node, fleet_of
+from tests.waiting import until
+from windlass.checkpoint.memory.settings import Settings
+from windlass.checkpoint.memory.supervise import Supervisor, ensure_snapshot_process
+
+POINTS = ("smp.checksum", "smp.encode", "smp.encoded", "smp.vote", "smp.commit", "smp.freed")
+
+
+@pytest.fixture(scope="module")
+def three_nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
+    with fleet_of(tmp_path_factory.mktemp("nodes"), 3) as fleet:
+        yield fleet
+
+
+@pytest.fixture
+def fleet(three_nodes: Fleet) -> Fleet:
+    for node in three_nodes.nodes:
+        node.respawn()
+    three_nodes.begin()
+    return three_nodes
+
+
+def with_fault(node: Node, fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Replace a node's process by one in which a fault is going to happen."""
+    node.kill()
+    with monkeypatch.context() as patch:
+        patch.setenv("WINDLASS_FAULT", fault)
+        node.respawn(faults=True)
+
+
+@pytest.mark.parametrize("role", ["leader", "member"])
+@pytest.mark.parametrize("point", POINTS)
+def test_a_process_killed_anywhere_loses_nothing_and_its_successor_goes_on(
+    point: str, role: str, fleet: Fleet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fleet.commit(1)
+    victim = fleet.nodes[0 if role == "leader" else 1]
+    with_fault(victim, f"kill:{point}:rank={victim.ranks[0].rank}:step=2", monkeypatch)
+    until(fleet.ready)
+    fleet.snapshot(2)
+    until(lambda: not victim.served.alive)
+    for node in fleet.nodes:
+        held = {h["step"] for h in node.client.inventory().held} if node is not victim else None
+        if held is None or 1 in held:
+            continue
+        # A node frees step 1 only when step 2 is protected everywhere.
+        assert {h["state"] for h in node.client.inventory().held if h["step"] == 2} == {5}
+    assert Supervisor(victim.folder).check(), "it was dead"
+    until(lambda: fleet.committed(2))
+    for node in fleet.nodes:
+        node.check(2)
+    fleet.commit(3)
+
+
+def test_all_processes_killed_at_once_go_on_from_what_is_in_memory(fleet: Fleet) -> None:
+    fleet.commit(1)
+    fleet.snapshot(2)
+    for node in fleet.nodes:
+        os.kill(node.served.pid, signal.SIGKILL)
+    for node in fleet.nodes:
+        until(lambda node=node: not node.served.alive)  # type: ignore[misc]
+        node.respawn()
+    until(lambda: fleet.committed(2))
+    for node in fleet.nodes:
+        node.check(2)
+
+
+def test_training_does_not_wait_for_a_process_that_is_away_it_skips(fleet: Fleet) -> None:
+    fleet.commit(1)
+    away = fleet.nodes[1]
+    away.kill()
+    taken = [[rank.snapshot(step) for rank in fleet.ranks] for step in (2, 3)]
+    assert taken[0] == [True] * 3, "there was a slot for one more"
+    assert not any(taken[1]), "then there is none until it is protected"
+    away.respawn()
+    until(lambda: fleet.committed(2))
+    fleet.commit(4)
+
+
+def test_data_that_was_changed_in_memory_before_it_was_protected_is_never_committed(
+    fleet: Fleet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fleet.commit(1)
+    for node in fleet.nodes:
+        with_fault(node, "hang:smp.encode:step=2", monkeypatch)  # hashed, not yet protected
+    until(fleet.ready)
+    fleet.snapshot(2)
+    until(lambda: all(node.client.status().newest["ram"] == 2 for node in fleet.nodes))
+    victim = fleet.ranks[1]
+    slot = next(s for s in victim.segment.slots if (h := s.header()) is not None and h.step == 2)
+    slot.data[CHUNK + 5] ^= 1
+    for node in fleet.nodes:
+        node.kill()
+        node.respawn()
+    until(lambda: any("damaged" in node.log() for node in fleet.nodes))
+    for rank in fleet.ranks:
+        rank.beats.beat(rank.beats.read().phase, 6)  # everybody has passed step 2
+    until(lambda: fleet.nodes[0].client.status().dropped > 0)
+    assert fleet.nodes[0].client.status().newest["peers"] == 1
+    fleet.commit(5)
+    for node in fleet.nodes:
+        node.check(5)
+
+
+@pytest.mark.parametrize("role", ["leader", "member"])
+def test_a_process_killed_while_it_writes_a_checkpoint_is_asked_again(
+    role: str, fleet: Fleet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = tmp_path / "checkpoints"
+    fleet.begin(num_slots=3, settings=Settings(mode="lazy", every=2, storage=str(place), peer_timeout_s=5.0))
+    victim = fleet.nodes[0 if role == "leader" else 1]
+    fleet.commit(1)
+    with_fault(victim, f"kill:persist.fsync:rank={victim.ranks[0].rank}:step=2", monkeypatch)
+    until(fleet.ready)
+    fleet.snapshot(2)
+    until(lambda: not victim.served.alive)
+    assert not list(place.glob("step-*")), "nothing is visible before it is complete"
+    victim.respawn()
+    until(lambda: fleet.nodes[0].client.status().newest["storage"] >= 2, timeout_s=3)
+    assert [path.name for path in place.glob("step-*")] == ["step-00000002"]
+    fleet.commit(3)
+
+
+def test_a_node_whose_process_comes_back_at_another_port_is_found_again(fleet: Fleet) -> None:
+    fleet.commit(1)
+    moved = fleet.nodes[1]
+    moved.kill()
+    blocker = socket.create_server((moved.served.host, moved.served.port))
+    with blocker:
+        moved.respawn()
+        assert moved.served.port != blocker.getsockname()[1]
+        fleet.snapshot(2)
+        until(lambda: fleet.nodes[0].client.status().newest["peers"] == 2)
+    assert ensure_snapshot_process(moved.folder).port == moved.served.port
