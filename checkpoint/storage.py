@@ -1,8 +1,8 @@
 """Where checkpoints lie: a folder or the URL of an object store, behind the few operations that are needed.
 
 Reading needs a `Files`: names that are opened and read at offsets. Writing needs a `Storage`, of which there are two: a
-folder (renames are atomic, fsync makes durable) and a URL (a file is there when its writer has finished; `create` is
-conditional; nothing is renamed). Whatever goes wrong is an OSError that names the file.
+folder (renames are atomic, fsync makes durable) and a URL (`url_storage.py`: a file is there when its writer has
+finished; `create` is conditional; nothing is renamed). Whatever goes wrong is an OSError that names the file.
 Must not know: what a checkpoint is, other ranks, torch.
 """
 
@@ -10,15 +10,13 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import errno
-import io
 import os
 import secrets
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import xxhash
 
@@ -78,6 +76,9 @@ class Storage(Files, Protocol):
     def names(self, folder: str = "") -> list[str]:
         """Return the names of what lies directly in a folder, sorted; none if there is no folder."""
 
+    def sizes(self, folder: str = "") -> dict[str, int]:
+        """Return the bytes of the files that lie directly in a folder, by name."""
+
     def make_folder(self, name: str = "") -> None:
         """Make a new folder; with no name this storage itself, durably, and fine if it is there."""
 
@@ -107,7 +108,11 @@ def storage_of(place: Place | Storage) -> Storage:
         return place
     if place.startswith("file://"):
         return LocalStorage(Path(place.removeprefix("file://")))
-    return FsspecStorage(place) if "://" in place else LocalStorage(Path(place))
+    if "://" not in place:
+        return LocalStorage(Path(place))
+    from windlass.checkpoint.url_storage import FsspecStorage  # fsspec only where it is needed
+
+    return FsspecStorage(place)
 
 
 def files_of(place: Place | Files) -> Files:
@@ -203,6 +208,13 @@ class LocalStorage:
     def names(self, folder: str = "") -> list[str]:
         path = self.folder / folder
         return sorted(os.listdir(path)) if path.is_dir() else []
+
+    def sizes(self, folder: str = "") -> dict[str, int]:
+        path = self.folder / folder
+        if not path.is_dir():
+            return {}
+        with os.scandir(path) as entries:
+            return {entry.name: entry.stat().st_size for entry in entries if entry.is_file()}
 
     def make_folder(self, name: str = "") -> None:
         if name:
@@ -305,131 +317,6 @@ class _LocalWriter:
 
     def abandon(self) -> None:
         os.close(self.number)
-
-
-class FsspecStorage:
-    """A URL of any file system that fsspec knows. A file appears whole when it is finished; folders are only names."""
-
-    renames = False
-
-    def __init__(self, url: str) -> None:
-        try:
-            import fsspec
-
-            self._system, path = fsspec.core.url_to_fs(url)
-        except (ImportError, ValueError) as error:
-            raise ConfigError(f"'{url}' cannot be used: {error}. Install what fsspec needs for it") from error
-        self.url, self._path = url.rstrip("/"), str(path).rstrip("/")
-
-    @property
-    def place(self) -> str:
-        return self.url
-
-    @property
-    def address(self) -> Place:
-        return self.url
-
-    def inside(self, folder: str) -> Storage:
-        return FsspecStorage(f"{self.url}/{folder}")
-
-    def _at(self, name: str) -> str:
-        return f"{self._path}/{name}" if name else self._path
-
-    def open(self, name: str) -> RandomAccess:
-        self.size(name)
-        return _FsspecFile(self._system, self._at(name), f"{self.url}/{name}")
-
-    def size(self, name: str) -> int:
-        with _as_os_error(f"{self.url}/{name}"):
-            self._system.invalidate_cache()
-            found = self._system.info(self._at(name))
-        if found["type"] != "file":
-            raise FileNotFoundError(errno.ENOENT, "is not a file", f"{self.url}/{name}")
-        return int(found["size"])
-
-    def names(self, folder: str = "") -> list[str]:
-        try:
-            with _as_os_error(f"{self.url}/{folder}"):
-                self._system.invalidate_cache()
-                found = self._system.ls(self._at(folder), detail=False)
-        except FileNotFoundError:
-            return []
-        here = self._at(folder).rstrip("/").rsplit("/", 1)[-1]
-        return sorted({name for path in found if (name := path.rstrip("/").rsplit("/", 1)[-1]) and name != here})
-
-    def make_folder(self, name: str = "") -> None:
-        """Object stores have none; where there are folders, they are needed before files."""
-        with _as_os_error(f"{self.url}/{name}"):
-            self._system.makedirs(self._at(name), exist_ok=True)
-
-    def start(self, name: str) -> FileWriter:
-        with _as_os_error(f"{self.url}/{name}"):
-            return _FsspecWriter(self._system.open(self._at(name), "wb"), f"{self.url}/{name}")
-
-    def create(self, name: str, data: bytes) -> None:
-        with _as_os_error(f"{self.url}/{name}"):
-            self._system.invalidate_cache()
-            self._system.pipe_file(self._at(name), data, mode="create")
-
-    def rename(self, old: str, new: str) -> None:
-        raise OSError(errno.ENOTSUP, "nothing is renamed at a URL", f"{self.url}/{old}")
-
-    def remove(self, name: str) -> None:
-        with contextlib.suppress(FileNotFoundError), _as_os_error(f"{self.url}/{name}"):
-            self._system.invalidate_cache()
-            self._system.rm(self._at(name), recursive=True)
-
-    def sync(self, folder: str = "") -> None:
-        """Nothing: what is finished is durable."""
-
-    def free_bytes(self) -> int | None:
-        return None
-
-
-class _FsspecFile:
-    def __init__(self, system: Any, path: str, place: str) -> None:
-        self.system, self.path, self.place = system, path, place
-
-    def read_into(self, buffer: memoryview, offset: int) -> int:
-        with _as_os_error(self.place):
-            data = self.system.cat_file(self.path, start=offset, end=offset + len(buffer))
-        buffer[: len(data)] = data
-        return len(data)
-
-    def close(self) -> None: ...
-
-
-class _FsspecWriter:
-    def __init__(self, file: io.IOBase | Any, place: str) -> None:
-        self.file, self.place = file, place
-
-    def write(self, *parts: Buffer) -> None:
-        with _as_os_error(self.place):
-            for part in parts:
-                self.file.write(part)
-
-    def finish(self) -> None:
-        with _as_os_error(self.place):
-            self.file.close()
-
-    def abandon(self) -> None:
-        with contextlib.suppress(OSError), _as_os_error(self.place):
-            self.file.close()
-
-
-@contextmanager
-def _as_os_error(place: str) -> Iterator[None]:
-    """Report what the many libraries below fsspec raise as what it is for a caller: the storage failed."""
-    try:
-        yield
-    except OSError as error:
-        if error.filename is None:
-            code = error.errno or (errno.ENOENT if isinstance(error, FileNotFoundError) else errno.EIO)
-            code = errno.EEXIST if isinstance(error, FileExistsError) else code
-            raise OSError(code, error.strerror or str(error) or os.strerror(code), place) from error
-        raise
-    except Exception as error:
-        raise OSError(errno.EIO, f"{type(error).__name__}: {error}", place) from error
 
 
 def check_url(url: str) -> None:

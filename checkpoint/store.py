@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import re
 import secrets
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -201,16 +201,25 @@ def choose(
     skipped: list[tuple[Place, str]] = []
     for name, hidden in on_all_ranks(group, candidates).check()[0]:
         folder = storage.inside(name)
-
-        def damage(folder: Storage = folder) -> list[str]:
-            return [str(p) for p in verify(folder, part=(group.rank, group.size), progress=progress)]
-
-        problems = [hidden] if hidden else _distinct(on_all_ranks(group, damage).check())
-        if not problems:
+        problem = hidden or damage(folder, group, progress=progress)
+        if not problem:
             return Choice(folder.address, skipped)
-        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
-        skipped.append((folder.address, problems[0] + more))
+        skipped.append((folder.address, problem))
     return Choice(None, skipped)
+
+
+def damage(folder: Place | Storage, group: Peers, *, progress: Callable[[str], None] | None = None) -> str:
+    """Read a checkpoint together, each rank a part of its files, and return what is wrong with it; empty if nothing.
+
+    Collective: every rank of `group`
+    """
+
+    def look() -> list[str]:
+        return [str(p) for p in verify(folder, part=(group.rank, group.size), progress=progress)]
+
+    problems = _distinct(on_all_ranks(group, look).check())
+    more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+    return problems[0] + more if problems else ""
 
 
 def begin_generation(root: Place | Storage, generation: int) -> None:
@@ -301,7 +310,7 @@ def _info(root: Storage, fence: Fence, name: str, step: int) -> CheckpointInfo |
     problem = (
         f"published by generation {manifest.generation} after generation {fence.generation} had begun"
         if hidden
-        else next((text for file in sorted(manifest.files) if (text := _size_problem(storage, manifest, file))), None)
+        else _size_problem(storage.sizes(), manifest)
     )
     return replace(
         base,
@@ -317,13 +326,14 @@ def _info(root: Storage, fence: Fence, name: str, step: int) -> CheckpointInfo |
     )
 
 
-def _size_problem(files: Files, manifest: Manifest, name: str) -> str | None:
-    try:
-        found = files.size(name)
-    except OSError as error:
-        return f"{name}: {error.strerror}"
-    stated = manifest.files[name].num_bytes
-    return None if found == stated else f"{name} has {found} bytes, the manifest says {stated}"
+def _size_problem(found: Mapping[str, int], manifest: Manifest) -> str | None:
+    """Return what is wrong with the first file that is missing or of another size."""
+    for name, stated in sorted(manifest.files.items()):
+        if name not in found:
+            return f"{name} is missing"
+        if found[name] != stated.num_bytes:
+            return f"{name} has {found[name]} bytes, the manifest says {stated.num_bytes}"
+    return None
 
 
 def _file_problems(files: Files, manifest: Manifest, name: str) -> list[Problem]:

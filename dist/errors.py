@@ -9,7 +9,6 @@
       OffloadError       tiers, budgets, NVMe
         TierOutOfMemory  more was asked of a tier than its budget
       CheckpointError    saving, verifying, restoring
-        DamagedChunk     bytes of a snapshot that are not those that were hashed
       NumericsError      non-finite loss or gradient
         SpikeError       the loss jumped: the run goes back and on without some samples
       WorkerError        a rank failed; carries who and the first cause
@@ -75,10 +74,6 @@ class CheckpointError(WindlassError):
     exit_code = 8
 
 
-class DamagedChunk(CheckpointError):
-    """Bytes of a snapshot are not those that were hashed."""
-
-
 class NumericsError(WindlassError):
     """A loss or gradient is not finite."""
 
@@ -87,6 +82,8 @@ class NumericsError(WindlassError):
 
 class SpikeError(NumericsError):
     """The loss jumped: the run goes back, and on without the samples that it met there."""
+
+    exit_code = 12
 
 
 class WorkerError(WindlassError):

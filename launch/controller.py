@@ -21,6 +21,7 @@ from windlass.dist.errors import (
     ModelError,
     NumericsError,
     PlanError,
+    SpikeError,
     WindlassError,
     WorkerError,
 )
@@ -195,7 +196,7 @@ class Controller:
             return self._stopped(exits, stop)
         back = [r for r in self._log.records if r["kind"] == "rollback" and r["generation"] == self._generation]
         failures = order_failures(exits)
-        if back and all(failure.secondary or failure.exit_code == NumericsError.exit_code for failure in failures):
+        if back and all(failure.secondary or failure.exit_code == SpikeError.exit_code for failure in failures):
             self._planned = back[-1].get("why", "") or f"going back to step {back[-1]['step']}"
             self._say(f"windlass: {self._planned}")
         elif failures:

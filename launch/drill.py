@@ -125,10 +125,10 @@ def _caused(struck: Mapping[str, Any], between: Sequence[Mapping[str, Any]]) -> 
 
 def drill_table(found: Sequence[Outcome]) -> str:
     """Write the outcomes as a table: one row each, seconds by phase below."""
-    rows = [("STRUCK", "DECISION", "RESTORED", "LOST", "SECONDS")]
+    rows = [("STRUCK", "LOST", "SECONDS", "RESTORED", "DECISION")]
     for outcome in found:
         total = "-" if outcome.seconds is None else f"{sum(outcome.seconds.values()):.2f}"
-        rows.append((outcome.what, outcome.decision, outcome.restored, outcome.lost, total))
+        rows.append((outcome.what, outcome.lost, total, outcome.restored, outcome.decision))
     widths = [max(len(row[column]) for row in rows) for column in range(5)]
     lines = []
     for row, told in zip(rows, [None, *found], strict=True):

@@ -18,7 +18,7 @@ from typing import final
 from windlass.checkpoint.memory import pids
 from windlass.checkpoint.memory.client import SnapshotClient
 from windlass.checkpoint.memory.folder import NodeFolder
-from windlass.checkpoint.memory.heartbeat import read_heartbeat
+from windlass.checkpoint.memory.heartbeat import is_alive, read_heartbeat
 from windlass.checkpoint.memory.supervise import Supervisor, ensure_snapshot_process
 from windlass.dist.errors import CheckpointError
 from windlass.launch.failure import Failure
@@ -27,6 +27,41 @@ BEGIN_S = 20.0  # a snapshot process is a small interpreter; many may start at o
 LOOK_S = 0.1
 KILL_S = 5.0
 ANSWER_S = 2.0
+
+
+def trainers_of(folder: NodeFolder) -> list[str]:
+    """Name the living workers that train with a folder."""
+    beats = {rank: read_heartbeat(path) for rank, path in folder.beating().items()}
+    return [
+        f"rank {rank} (process {beat.pid})" for rank, beat in beats.items() if beat and is_alive(beat.pid, beat.started)
+    ]
+
+
+def stop_process(folder: NodeFolder) -> int:
+    """Kill the snapshot process of a folder and return its number; 0 if there was none."""
+    served = folder.read_smp()
+    if served is None or not pids.send(served.pid, served.started, signal.SIGKILL):
+        return 0
+    pids.kill([(served.pid, served.started)], KILL_S)
+    return served.pid
+
+
+def forget_another_run(folder: NodeFolder, token: str) -> bool:
+    """Remove what is here of a run whose folder has been deleted and begun anew, which the token tells; return whether
+    there was something.
+
+    Raises:      CheckpointError if workers of it live
+    """
+    if not folder.token_path.exists() or folder.read_token() == token:
+        return False
+    if users := trainers_of(folder):
+        raise CheckpointError(
+            f"{folder.path} is in use by {', '.join(users)} of an earlier run in the same folder, which was deleted "
+            "under it. End that run first"
+        )
+    stop_process(folder)
+    folder.remove()
+    return True
 
 
 @final
@@ -39,6 +74,7 @@ class NodeMemory:
     """
 
     def __init__(self, folder: NodeFolder, token: str, host: str = "") -> None:
+        forget_another_run(folder, token)
         self.folder, self._token, self._host = folder.create(token), token, host
         self._supervisor = Supervisor(folder, host=host)
         self._news: SimpleQueue[str] = SimpleQueue()
@@ -125,17 +161,17 @@ class NodeMemory:
             with SnapshotClient.of(self.folder, timeout_s=ANSWER_S) as client:
                 client.stop(remove=True)
         except CheckpointError:
-            self._kill()
+            stop_process(self.folder)
         self.folder.remove()
 
     def kill(self) -> int:
         """Kill the snapshot process, as a drill, and return its number; 0 if there was none."""
-        return self._kill()
+        return stop_process(self.folder)
 
     def lose(self, local_dir: Path | None = None) -> None:
         """Make this node lose everything: its snapshot process, its memory, its local level."""
         self.leave()
-        self._kill()
+        stop_process(self.folder)
         self.folder.remove()
         if local_dir is not None:
             shutil.rmtree(local_dir / self.folder.job / self.folder.node, ignore_errors=True)
@@ -145,10 +181,3 @@ class NodeMemory:
         self._left.set()
         if self._keeper is not None:
             self._keeper.join(BEGIN_S)
-
-    def _kill(self) -> int:
-        served = self.folder.read_smp()
-        if served is None or not pids.send(served.pid, served.started, signal.SIGKILL):
-            return 0
-        pids.kill([(served.pid, served.started)], KILL_S)
-        return served.pid

@@ -14,10 +14,12 @@ from typing import TYPE_CHECKING, Any
 
 from windlass.checkpoint.agree import Peers, on_all_ranks
 from windlass.checkpoint.memory.generators import set_rng_state
-from windlass.checkpoint.memory.inventory import STORAGE, Saved
+from windlass.checkpoint.memory.inventory import STORAGE, Saved, choose
 from windlass.checkpoint.storage import Place
-from windlass.checkpoint.store import list_checkpoints
+from windlass.checkpoint.store import begin_generation as fence_storage
+from windlass.checkpoint.store import damage, list_checkpoints
 from windlass.dist.env import ProcessEnv, get
+from windlass.dist.errors import CheckpointError
 from windlass.launch.check_recovery import needs_process
 from windlass.launch.control_log import ControlLog
 from windlass.launch.resume import Identity, Progress, changes, check_model_settings, check_order
@@ -137,33 +139,49 @@ def find_origin(
     """
     wish = "auto" if start.restarted else config.checkpoint.resume
     root: Place = config.checkpoint.url or folder.checkpoints
-    passed_over: list[str] = []
-    if snapshots is not None and wish == "auto":
-
-        def saved() -> list[Any]:
-            if world.rank != 0:
-                return []
-            return [
-                [info.step, str(info.folder), int(info.extra.get("generation", 0))]
-                for info in list_checkpoints(root)
-                if info.problem is None
-            ]
-
-        listed = [Saved(*entry) for entry in on_all_ranks(world, saved).check()[0]]
+    if snapshots is None or wish != "auto":
+        checkpoint, damaged = find_checkpoint_to_resume(wish, root, world, at_most=start.at_most)
+        return Origin(checkpoint, None, -1 if checkpoint is None else step_of(checkpoint), damaged)
+    saved, damaged = _listed(root, world, start.generation), []
+    while True:
         memory = find_in_memory(
             world,
             snapshots.client,
             snapshots.folder,
             speaks=snapshots.speaks,
-            saved=listed,
+            saved=saved,
             at_most=start.at_most,
             left=start.left,
             local_dir=Path(config.checkpoint.local_dir) if config.checkpoint.local_dir else None,
             timeout_s=config.snapshot.peer_timeout_s,
         )
         if memory is not None and memory.choice.tier != STORAGE:
-            return Origin(memory=memory, step=memory.step, passed_over=list(memory.passed_over))
-        passed_over = [] if memory is None else list(memory.passed_over)
-    checkpoint, damaged = find_checkpoint_to_resume(wish, root, world, at_most=start.at_most)
-    step = -1 if checkpoint is None else step_of(checkpoint)
-    return Origin(checkpoint=checkpoint, step=step, passed_over=[*passed_over, *damaged])
+            return Origin(None, memory, memory.step, [*damaged, *memory.passed_over])
+        best, passed_over = choose((), {}, saved, at_most=start.at_most, left=start.left)
+        if best is None:
+            if damaged:
+                raise CheckpointError(
+                    f"no checkpoint in '{root}' is valid and memory holds nothing ({'; '.join(damaged)}). Starting at "
+                    "step 0 would overwrite them: give another train.run_dir, or remove them."
+                )
+            return Origin(passed_over=passed_over)
+        problem = damage(best.place, world)
+        if not problem:
+            return Origin(best.place, None, best.step, [*damaged, *([] if memory is None else memory.passed_over)])
+        damaged.append(f"{Path(best.place).name}: {problem}")
+        saved = [s for s in saved if s.place != best.place]
+
+
+def _listed(root: Place, world: Peers, generation: int) -> list[Saved]:
+    """Fence off what older generations may still publish, and list what there is. Collective."""
+
+    def look() -> list[Any]:
+        if world.rank != 0:
+            return []
+        fence_storage(root, generation)
+        infos = list_checkpoints(root)
+        return [
+            [i.step, str(i.folder), int(i.extra.get("generation", 0))] for i in infos if not i.problem and not i.hidden
+        ]
+
+    return [Saved(*entry) for entry in on_all_ranks(world, look).check()[0]]

@@ -92,16 +92,6 @@ def node_lines(folder: NodeFolder) -> list[str]:
     return lines
 
 
-def trainers_of(folder: NodeFolder) -> str:
-    """Name the living workers that train with this folder; empty if there are none."""
-    users = []
-    for rank, path in folder.beating().items():
-        beat = read_heartbeat(path)
-        if beat is not None and is_alive(beat.pid, beat.started):
-            users.append(f"rank {rank} (process {beat.pid})")
-    return ", ".join(users)
-
-
 def verify_slots(folder: NodeFolder) -> Iterator[tuple[str, str]]:
     """Read every byte of a node and yield for each slot that holds something its name and what is wrong with it."""
     for row, slot, header in slots_of(folder):

@@ -8,9 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 
 from tests.checkpoint_doubles import FlatSource, even_shards
+from windlass.checkpoint import persist as persist_module
+from windlass.checkpoint import storage as storage_module
 from windlass.checkpoint.frames import frames_of
 from windlass.checkpoint.memory.folder import NodeFolder
 from windlass.checkpoint.memory.header import OWN_PARITY, SlotHeader, State
@@ -19,7 +22,10 @@ from windlass.checkpoint.memory.membership import Member, Membership
 from windlass.checkpoint.memory.segment import Segment, Slot, hash_chunks
 from windlass.checkpoint.memory.settings import Settings
 from windlass.checkpoint.persist import Persister
-from windlass.checkpoint.reader import dtype_name
+from windlass.checkpoint.reader import dtype_name, read_tensor
+from windlass.checkpoint.storage import storage_of
+from windlass.checkpoint.store import list_checkpoints, verify
+from windlass.checkpoint.url_storage import FsspecStorage
 
 JOB = "0123456789abcdef"
 CHUNK = 256
@@ -147,3 +153,62 @@ def parity_header(job: str, generation: int, step: int, rank: int, data: np.ndar
         state=State.ENCODED,
         hashes={OWN_PARITY: hash_chunks(data, len(data), CHUNK)},
     )
+
+
+class Crash(BaseException):
+    """The process ends here: nothing below catches it, nothing is cleared up."""
+
+
+PLACES = ["folder", "memory://", "file by fsspec"]
+
+
+def place_for_checkpoints(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path | str:
+    """Return a place for checkpoints: a folder, or one of the two kinds of URL that need no server."""
+    if kind == "folder":
+        return tmp_path / "run" / "checkpoints"
+    if kind == "memory://":
+        forget_memory()
+        return "memory://run/checkpoints"
+    monkeypatch.setattr(storage_module, "LocalStorage", lambda folder: FsspecStorage(f"local://{folder}"))
+    return f"file://{tmp_path}/run/checkpoints"
+
+
+def forget_memory() -> None:
+    """Empty the file system that lies in memory."""
+    import fsspec
+
+    system = fsspec.filesystem("memory")
+    system.store.clear()
+    system.pseudo_dirs[:] = [""]
+
+
+def failing_at(monkeypatch: pytest.MonkeyPatch, wanted: str, error: BaseException, rank: int = 0) -> None:
+    """Raise at a fault point of persisting, on one rank."""
+
+    def fault(point: str, *, rank: int, step: int) -> None:
+        if point == f"persist.{wanted}" and rank == of:
+            raise error
+
+    of = rank
+    monkeypatch.setattr(persist_module, "fault", fault)
+
+
+def assert_holds(place: Path | str, state: Mapping[str, torch.Tensor]) -> None:
+    """Assert that a checkpoint is valid and holds these tensors bit for bit."""
+    assert verify(place) == []
+    for key, tensor in state.items():
+        found = read_tensor(place, key)
+        assert found.dtype == tensor.dtype and torch.equal(found, tensor), key
+
+
+def steps_at(target: Path | str) -> list[tuple[int, int]]:
+    """Return (generation, step) of what is complete, newest first."""
+    return [(info.generation, info.step) for info in list_checkpoints(target) if info.problem is None]
+
+
+def everything_at(target: Path | str) -> list[str]:
+    """Return the names of all files, and of folders that hold none."""
+    storage, found = storage_of(target), []
+    for name in storage.names():
+        found += [f"{name}/{inner}" for inner in storage.names(name)] or [name]
+    return found

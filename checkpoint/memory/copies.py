@@ -19,7 +19,14 @@ from windlass.checkpoint.local_level import LocalLevel
 from windlass.checkpoint.memory.folder import NodeFolder
 from windlass.checkpoint.memory.inventory import Held
 from windlass.checkpoint.memory.segment import Segment, Slot, SlotHeader
-from windlass.dist.errors import CheckpointError, DamagedChunk
+from windlass.dist.errors import CheckpointError
+
+
+class Unusable(Exception):
+    """A copy, or a chunk of it, that waiting does not bring back: damaged, overwritten, of something else.
+
+    It never leaves the readers of copies: they take another copy, or say in a CheckpointError what is lost.
+    """
 
 
 class Peer(Protocol):
@@ -41,9 +48,9 @@ class Copy:
         self._table = header.hashes.get(header.own_key)
         found = (header.generation, header.step, header.rank, header.role)
         if found != (held.generation, held.step, held.rank, held.role):
-            raise CheckpointError(f"{self}: has become generation, step, rank, role {found}: it was overwritten")
+            raise Unusable(f"{self}: has become generation, step, rank, role {found}: it was overwritten")
         if self._table is None or len(self._table) != header.num_chunks:
-            raise CheckpointError(f"{self}: was never hashed whole, so nothing vouches for its bytes")
+            raise Unusable(f"{self}: was never hashed whole, so nothing vouches for its bytes")
 
     def __str__(self) -> str:
         return name_of(self.held)
@@ -55,13 +62,13 @@ class Copy:
     def read(self, number: int, into: memoryview) -> None:
         """Fill `into` with a chunk.
 
-        Raises: DamagedChunk; CheckpointError if the copy cannot be read
+        Raises: Unusable if the chunk is damaged; CheckpointError if the copy cannot be read now
         """
         self._fetch(number * self.header.chunk_bytes, into)
         assert self._table is not None
         found, stated = xxhash.xxh3_64_intdigest(into), int(self._table[number])
         if found != stated:
-            raise DamagedChunk(f"{self}: chunk {number} is damaged: its xxh3 is {found:016x}, was {stated:016x}")
+            raise Unusable(f"{self}: chunk {number} is damaged: its xxh3 is {found:016x}, was {stated:016x}")
 
 
 class Reach:
@@ -83,7 +90,7 @@ class Reach:
     def open(self, held: Held) -> Copy:
         """Open a copy.
 
-        Raises: CheckpointError if it is not there any more, or its node cannot be asked
+        Raises: Unusable if it is not there any more; CheckpointError if its node cannot be asked now
         """
         if self.is_own(held):
             slot, header = self._own_slot(held)
@@ -118,7 +125,7 @@ class Reach:
                     header = slot.header()
                     if header is not None and (header.generation, header.step) == (held.generation, held.step):
                         return slot, header
-        raise CheckpointError(f"{name_of(held)} is not there any more")
+        raise Unusable(f"{name_of(held)} is not there any more")
 
     def _paths(self, held: Held) -> list[Path]:
         if held.tier == "ram":

@@ -64,7 +64,9 @@ class Duty:
         self._discarded = False
         self._stopped = threading.Event()
         jobs = {"protect": self._protect, "report": self._report, "watch": self._watch, "listen": self._listen}
-        self._threads = [threading.Thread(target=run, name=f"snapshot-{name}", daemon=True) for name, run in jobs.items()]
+        self._threads = [
+            threading.Thread(target=run, name=f"snapshot-{name}", daemon=True) for name, run in jobs.items()
+        ]
 
     def start(self) -> Duty:
         """Begin."""

@@ -101,11 +101,13 @@ class Persisting:
     def _lead(self, level: str, step: int) -> None:
         """Write one step, from the first phase to the end."""
         began = time.monotonic()
-        problem = ""
+        problem = f"a snapshot process ended {ATTEMPTS} times while it was written"
         done: Saved | None = None
         try:
-            place, num_bytes = self._two_phases(level, step)
-            done = Saved(step, place, num_bytes, time.monotonic() - began)
+            for _ in range(ATTEMPTS):
+                if (written := self._two_phases(level, step)) is not None:
+                    done = Saved(step, *written, time.monotonic() - began)
+                    break
         except CheckpointError as error:
             problem = str(error)
         except Exception as error:  # a thread that dies silently would look like one that writes for ever
@@ -121,27 +123,33 @@ class Persisting:
                 self._log(f"step {step} could not be written to {level}: {problem}")
                 self._publish(problem=f"step {step} could not be written to {level}: {problem}")
 
-    def _two_phases(self, level: str, step: int) -> tuple[str, int]:
+    def _two_phases(self, level: str, step: int) -> tuple[str, int] | None:
+        """Write one step once; return where it is and its bytes, None if a node's process was replaced meanwhile."""
         generation, membership = self.term.generation, self.term.membership
         persister = self.writing.persister
-        temporary = "" if level == LOCAL else persister.begin(level, step, generation, membership)
+        if level == LOCAL:
+            temporary = f"attempt-{time.monotonic_ns()}"  # every node names its own folder
+        else:
+            temporary = persister.begin(level, step, generation, membership)
         fields = {"level": level, "step": step, "temporary": temporary}
+        committed = False
         try:
             for node in self.peers.nodes:
                 self._patiently(node, "persist_start", fields)
             rows = self._wait(fields)
+            if rows is None:
+                return None
             if level == LOCAL:
                 for node in self.peers.nodes:
                     self._patiently(node, "persist_commit", fields)
                 place = self.term.settings.local_dir
             else:
                 place = persister.commit(level, step, generation, temporary, rows, membership)
-        except BaseException:
-            if level != LOCAL:
-                persister.abandon(level, temporary)
-            raise
+            committed = True
         finally:
             self._forget(fields)
+            if not committed and level != LOCAL:
+                persister.abandon(level, temporary)
         return place, sum(int(row.get("num_bytes", 0)) for row in rows.values())
 
     def _patiently(self, node: str, verb: str, fields: dict[str, Any]) -> tuple[dict[str, Any], memoryview]:
@@ -157,24 +165,18 @@ class Persisting:
                 if time.monotonic() >= end or self._stopped.wait(RETRY_S):
                     raise
 
-    def _wait(self, fields: dict[str, Any]) -> dict[str, dict[str, Any]]:
-        """Return the rows of all nodes once each has written its part."""
+    def _wait(self, fields: dict[str, Any]) -> dict[str, dict[str, Any]] | None:
+        """Return the rows of all nodes once each has written its part; None if one of them knows nothing of it."""
         step, rows, waiting = fields["step"], {}, list(self.peers.nodes)
-        begun = dict.fromkeys(waiting, 1)
         end = time.monotonic() + LONGEST_S
         while waiting:
             for node in list(waiting):
                 answer, payload = self._patiently(node, "persist_poll", fields)
                 if not answer["known"]:
-                    begun[node] += 1
-                    if begun[node] > ATTEMPTS:
-                        raise CheckpointError(
-                            f"node {node}: its snapshot process ended {ATTEMPTS} times while it wrote"
-                        )
-                    self._patiently(node, "persist_start", fields)
-                elif answer["problem"]:
+                    return None
+                if answer["problem"]:
                     raise CheckpointError(answer["problem"])
-                elif answer["done"]:
+                if answer["done"]:
                     rows[node] = json.loads(bytes(payload))
                     waiting.remove(node)
             if time.monotonic() > end:

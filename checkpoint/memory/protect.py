@@ -15,7 +15,7 @@ from windlass.checkpoint.memory.header import SlotHeader, State
 from windlass.checkpoint.memory.layout import Layout
 from windlass.checkpoint.memory.pace import Pace
 from windlass.checkpoint.memory.peers import Peers
-from windlass.checkpoint.memory.segment import Segment, Slot, num_chunks
+from windlass.checkpoint.memory.segment import Segment, Slot, num_chunks, segment_bytes
 from windlass.checkpoint.memory.slots import DATA, PARITY, NodeSlots
 from windlass.checkpoint.memory.stripes import Stripes
 from windlass.checkpoint.memory.term import Term
@@ -133,6 +133,8 @@ class Protector:
         segment = next((s.segment for s in self.slots.shelves() if s.segment.path == path), None)
         if segment is None:
             chunk, num_slots = stripes.chunk_bytes, data.num_slots
+            if not path.exists():
+                self.folder.check_room(segment_bytes(stripes.parity_bytes, num_slots, words), f"parity of rank {rank}")
             Segment.ensure(path, PARITY, rank, stripes.parity_bytes, num_slots, chunk, words).close()
             self.slots.refresh()
             segment = next(s.segment for s in self.slots.shelves() if s.segment.path == path)

@@ -21,14 +21,14 @@ from typing import Any
 import xxhash
 
 from windlass.checkpoint.manifest import Manifest, StoredFile, StoredPiece, StoredTensor
-from windlass.checkpoint.memory.copies import Copy, Reach, name_of
+from windlass.checkpoint.memory.copies import Copy, Reach, Unusable, name_of
 from windlass.checkpoint.memory.decode import Decoder
 from windlass.checkpoint.memory.inventory import Choice, Held
 from windlass.checkpoint.memory.layout import Layout
 from windlass.checkpoint.memory.membership import Membership
 from windlass.checkpoint.memory.stripes import DATA, PARITY
 from windlass.dist.env import fault
-from windlass.dist.errors import CheckpointError, DamagedChunk
+from windlass.dist.errors import CheckpointError
 
 THREADS = 4  # chunks under way at once; each has a connection of its own
 KEPT_CHUNKS = 32  # of which a read wanted only a part: the next read wants the rest
@@ -101,7 +101,8 @@ class MemorySource:
         self._reach = reach
         self._lock = threading.Lock()
         self._copies: dict[Held, Copy] = {}
-        self._away: dict[Held, str] = {}  # could not be read just now
+        self._away: set[Held] = set()  # could not be read just now
+        self._gone: set[Held] = set()  # cannot be opened, and never will be
         self._kept: OrderedDict[tuple[int, int], memoryview] = OrderedDict()
         self._decoders: dict[tuple[int, ...], Decoder | None] = {}
         self._decoding = threading.Lock()
@@ -223,22 +224,20 @@ class MemorySource:
             try:
                 copy.read(number, into)
                 return True
-            except DamagedChunk as error:
-                self._note(held, str(error))
-            except CheckpointError as error:
-                self._note(held, str(error), away=True)
+            except (CheckpointError, Unusable) as error:
+                self._note(held, error)
         return False
 
     def _copy(self, held: Held) -> Copy | None:
         """Open a copy once; None if it cannot be read now, or is not what it should be."""
         with self._lock:
-            if held in self._copies or held in self._away:
+            if held in self._copies or held in self._away or held in self._gone:
                 return self._copies.get(held)
         try:
             copy = self._reach.open(held)
             self._check(copy)
-        except CheckpointError as error:
-            self._note(held, str(error), away=True)
+        except (CheckpointError, Unusable) as error:
+            self._note(held, error)
             return None
         with self._lock:
             return self._copies.setdefault(held, copy)
@@ -249,14 +248,16 @@ class MemorySource:
         if (header.job, header.chunk_bytes) != stated or (
             header.role == DATA and (header.layout, header.num_bytes) != (member.layout, member.num_bytes)
         ):
-            raise CheckpointError(f"{copy} is of another job or layout than the membership of its generation says")
+            raise Unusable(f"{copy} is of another job or layout than the membership of its generation says")
 
-    def _note(self, held: Held, problem: str, *, away: bool = False) -> None:
+    def _note(self, held: Held, error: Exception) -> None:
         with self._lock:
-            self.bad.setdefault(held, problem)
-            if away:
-                self._away[held] = problem
+            self.bad.setdefault(held, str(error))
+            if not isinstance(error, Unusable):
+                self._away.add(held)
                 self._copies.pop(held, None)
+            elif held not in self._copies:
+                self._gone.add(held)
 
     # -- what nobody has ---------------------------------------------------------------------------------------------
 

@@ -46,7 +46,7 @@ def ensure_snapshot_process(
         str(before.port if before else 0),
     ]
     variables = env.copy() | {
-        "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path),
+        "PYTHONPATH": os.pathsep.join(os.path.abspath(path) for path in sys.path),
         "MALLOC_ARENA_MAX": "2",  # many threads, few bytes each
         "OMP_NUM_THREADS": "1",
         "OPENBLAS_NUM_THREADS": "1",

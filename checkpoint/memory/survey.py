@@ -15,10 +15,11 @@ from typing import Any
 
 from windlass.checkpoint.local_level import LocalLevel
 from windlass.checkpoint.memory.client import SnapshotClient
-from windlass.checkpoint.memory.copies import Reach, name_of
+from windlass.checkpoint.memory.copies import Reach, Unusable, name_of
 from windlass.checkpoint.memory.folder import NodeFolder
 from windlass.checkpoint.memory.header import SlotHeader, State
-from windlass.checkpoint.memory.inventory import Held
+from windlass.checkpoint.memory.inventory import TIERS, Held
+from windlass.checkpoint.memory.stripes import DATA, PARITY
 from windlass.dist.errors import CheckpointError
 
 POLL_S = 0.02
@@ -96,6 +97,8 @@ class Survey:
                 if late or not any(row["state"] == State.COPIED for row in found.held):
                     held = [_row(node, client.wire.host, client.wire.port, row) for row in found.held]
                     return nothing | {"holdings": held, "memberships": _memberships(client, found.memberships)}
+            except (KeyError, TypeError, ValueError) as error:
+                return nothing | {"problem": f"its inventory is malformed: {type(error).__name__}: {error}"}
             except CheckpointError as error:  # one that ended is started again by whoever looks after it
                 if late or client.wire.fenced:
                     return nothing | {"problem": str(error)}
@@ -119,7 +122,7 @@ class Wire:
     def header_of(self, held: Held) -> SlotHeader:
         header = self._client.header(**_slot(held))
         if header is None:
-            raise CheckpointError(f"{name_of(held)} is not there any more")
+            raise Unusable(f"{name_of(held)} is not there any more")
         return header
 
     def read_from(self, held: Held, offset: int, into: memoryview) -> None:
@@ -136,5 +139,7 @@ def _slot(held: Held) -> dict[str, Any]:
 
 def _row(node: str, host: str, port: int, row: dict[str, Any]) -> list[Any]:
     """Return the fields of a `Held`."""
-    slot = [row["tier"], row["rank"], row["role"], row["step"], row["generation"]]
+    if row["tier"] not in TIERS or row["role"] not in (DATA, PARITY):
+        raise ValueError(f"tier {row['tier']!r}, role {row['role']!r}")
+    slot = [row["tier"], int(row["rank"]), row["role"], int(row["step"]), int(row["generation"])]
     return [node, host, port, *slot, bool(row["ok"]), str(row.get("why", "")), int(row["state"])]

@@ -82,14 +82,19 @@ class Writing:
         self._lock = threading.Lock()
 
     def start(self, level: str, step: int, temporary: str) -> dict[str, Any]:
-        """Begin to write a step. A request that came twice changes nothing.
+        """Begin to write a step. A request that came twice changes nothing: `temporary` names the attempt.
 
         Blocks: no
+        Raises: CheckpointError while an attempt that was given up is still being written
         """
         with self._lock:
             known = self._tasks.get((level, step))
-            if known is not None and (known.asked == temporary or _runs(known)):
+            if known is not None and known.asked == temporary:
                 return {}
+            if known is not None and _runs(known):
+                raise CheckpointError(
+                    f"node {self.node} is still writing step {step}, for an attempt that was given up"
+                )
             task = self._tasks[level, step] = _Task(temporary, temporary)
             task.thread = threading.Thread(
                 target=self._write, args=(level, step, task), name=f"snapshot-{level}", daemon=True

@@ -14,8 +14,8 @@ HELP = """Run a job and break something on purpose: prints what was decided, wha
 KIND=TARGET@step=N breaks the target once step N is done. Kinds: rank (SIGKILL) and stop (SIGSTOP: a hang) of a rank;
 node (everything of it is killed and its memory deleted), zombie (cut off, its processes live on), reboot (killed, its
 memory stays), smp (its snapshot process) and agent of a node; controller. Without Ray, launch.nodes and launch.spares
-emulate nodes on this machine. The run gets recovery.max_restarts = what the drill needs, unless the job says more.
-Exit code 0 only if the run finished and every strike was made.
+emulate nodes on this machine. Unless the job says otherwise, recovery.max_restarts, crash_loops and node_failures are
+as large as the drill needs. Exit code 0 only if the run finished and every strike was made.
 
 Examples:
 
@@ -51,10 +51,13 @@ def drill(
     strikes = [Strike.parse(text) for text in kill]
     loaded = load_job(job, ctx.args, cluster=cluster)
     config = loaded.config
-    if config.recovery.max_restarts < len(strikes):
-        recovery = replace(config.recovery, max_restarts=len(strikes))
-        config = replace(config, recovery=recovery)
-        loaded = replace(loaded, config=config)
+    enough = {
+        name: max(getattr(config.recovery, name), len(strikes) + 1)
+        for name in ("max_restarts", "crash_loops", "node_failures")
+        if f"recovery.{name}" not in loaded.given
+    }
+    config = replace(config, recovery=replace(config.recovery, **enough))
+    loaded = replace(loaded, config=config)
     check_job(loaded, config.launch.workers)
     check_strikes(strikes, workers=config.launch.workers, steps=config.train.steps, processes=uses_snapshots(loaded))
     if ray:

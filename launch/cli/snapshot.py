@@ -89,7 +89,7 @@ def gc_command(
 ) -> None:
     from windlass.checkpoint.memory.folder import collect_garbage
     from windlass.dist.errors import CheckpointError
-    from windlass.launch.snapshot_view import trainers_of
+    from windlass.launch.node_memory import stop_process, trainers_of
 
     if run is None:
         for folder in collect_garbage(base, lease_s):
@@ -99,27 +99,16 @@ def gc_command(
     for folder in folders:
         served = folder.read_smp()
         if users := trainers_of(folder):
-            raise CheckpointError(f"{folder.path} is in use by {users}. Stop the run first")
+            raise CheckpointError(f"{folder.path} is in use by {', '.join(users)}. Stop the run first")
         if served is not None and served.alive and not stop:
             raise CheckpointError(
                 f"{folder.path} is served by snapshot process {served.pid}, so the run can go on from it. End it too "
                 "with --stop"
             )
     for folder in folders:
-        _stop(folder)
+        stop_process(folder)
         folder.remove()
         typer.echo(f"removed {folder.path}")
-
-
-def _stop(folder: NodeFolder) -> None:
-    """End the snapshot process of a folder."""
-    import signal
-
-    from windlass.checkpoint.memory import pids
-
-    served = folder.read_smp()
-    if served is not None and pids.send(served.pid, served.started, signal.SIGTERM):
-        pids.kill([(served.pid, served.started)], timeout_s=5.0)
 
 
 def _folders(run: Path, base: Path) -> list[NodeFolder]:

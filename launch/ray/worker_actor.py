@@ -28,7 +28,7 @@ import ray
 
 from windlass.checkpoint.memory.folder import NodeFolder
 from windlass.dist import env
-from windlass.dist.errors import WorkerError
+from windlass.dist.errors import CheckpointError, WorkerError
 from windlass.launch.failure import ERROR_FILE, Failure, read_failure
 from windlass.launch.forkserver import ForkServer
 from windlass.launch.local import (
@@ -214,9 +214,13 @@ class WorkerActor:
         """Return why the watchdog of the node killed the worker, if it did."""
         if self._node is None or code != -signal.SIGKILL:
             return None
-        from windlass.launch.node_memory import verdict_of
+        from windlass.launch.node_memory import NodeMemory
 
-        return verdict_of(self._node, self._job.rank, self._job.generation)
+        try:
+            memory = NodeMemory(self._node, self._node.read_token())
+        except CheckpointError:  # the node has lost its memory: nobody watches there
+            return None
+        return memory.verdict(self._job.rank, self._job.generation)
 
     def send(self, signum: int) -> None:
         """Send a signal to the worker."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import socket
@@ -137,8 +138,15 @@ def test_a_node_whose_process_comes_back_at_another_port_is_found_again(fleet: F
     fleet.commit(1)
     moved = fleet.nodes[1]
     moved.kill()
-    blocker = socket.create_server((moved.served.host, moved.served.port))
-    with blocker:
+    blockers: list[socket.socket] = []
+
+    def taken() -> bool:
+        with contextlib.suppress(OSError):  # threads of the killed process still hold it
+            blockers.append(socket.create_server((moved.served.host, moved.served.port)))
+        return bool(blockers)
+
+    until(taken)
+    with blockers[0] as blocker:
         moved.respawn()
         assert moved.served.port != blocker.getsockname()[1]
         fleet.snapshot(2)

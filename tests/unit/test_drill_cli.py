@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from windlass.launch.cli import main
 from windlass.launch.control_log import ControlLog
 from windlass.launch.drill import Strike, all_done, check_strikes, drill_table, outcomes, pending
 from windlass.launch.job import Loaded
+from windlass.launch.run_folder import RunFolder, RunLock
 
 
 @pytest.mark.parametrize("text", ["rank=1@step=20", "stop=0@step=5", "node=node-3@step=30", "controller=0@step=2"])
@@ -73,9 +75,9 @@ def test_the_table_tells_for_every_strike_what_came_of_it(tmp_path: Path) -> Non
     log.append("failure", what="node", step=7)
     log.append("decision", action="stop", why="no room")
     lines = drill_table(outcomes(log.records)).splitlines()
-    assert lines[0].split() == ["STRUCK", "DECISION", "RESTORED", "LOST", "SECONDS"]
+    assert lines[0].split() == ["STRUCK", "LOST", "SECONDS", "RESTORED", "DECISION"]
     assert "smp=node-0@step=2" in lines[1] and "did not stop: snapshot process of node-0 replaced" in lines[1]
-    assert lines[2].split() == ["rank=1@step=5", "in", "place", "4", "ram", "1", "0.75"]
+    assert lines[2].split() == ["rank=1@step=5", "1", "0.75", "4", "ram", "in", "place"]
     assert lines[3].split() == ["fence", "0.50", "load", "0.25"]
     assert "not done: no agents here" in lines[4] and "no room; did not recover" in lines[5]
 
@@ -97,7 +99,7 @@ def test_a_drill_runs_the_job_with_enough_restarts_and_fails_if_a_strike_was_not
     with pytest.raises(SystemExit) as ended:
         main(["drill", str(job), "--kill", "rank=1@step=3", "--kill", "rank=0@step=5"])
     assert ended.value.code == 1
-    assert seen == [(2, [Strike("rank", "1", 3), Strike("rank", "0", 5)])]
+    assert seen == [(3, [Strike("rank", "1", 3), Strike("rank", "0", 5)])]
     shown = capsys.readouterr()
     assert "rank=1@step=3" in shown.out and "not every strike was made" in shown.err
 
@@ -106,3 +108,14 @@ def test_a_drill_without_a_strike_is_refused(tmp_path: Path, capsys: pytest.Capt
     with pytest.raises(SystemExit) as ended:
         main(["drill", "tiny"])
     assert ended.value.code == 2 and "--kill" in capsys.readouterr().err
+
+
+def test_a_second_launcher_of_a_run_is_refused_and_names_the_first(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path)
+    refused = pytest.raises(ConfigError, match=f"in use by another run .process {os.getpid()}")
+    with local_run.alone_in(run), refused, local_run.alone_in(run):
+        raise AssertionError("two launchers at once")
+    with RunLock(run), refused, local_run.alone_in(run):
+        raise AssertionError("the first one's workers run")
+    with local_run.alone_in(run), RunLock(run) as lock:
+        assert lock.path.exists()

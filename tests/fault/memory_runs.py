@@ -1,0 +1,407 @@
+"""Real runs on emulated nodes that lose something, compared with the same run undisturbed.
+
+A `Lab` runs small jobs in this process: controller, fleet of this machine, snapshot processes, and workers forked from
+one server that all runs of a session share. `Told.check` is the oracle: every loss, gradient norm and sample range is
+bitwise that of the undisturbed run, also those of steps that were done twice; the final tensors are; no more steps are
+lost than allowed; nothing is left, neither a process nor a folder in memory.
+
+What goes wrong is said in one of four ways:
+    fault="kill:train.forward:rank=1:step=5:generation=1"   at a named moment inside a process (dist/env.py)
+    strikes=["node=1@step=5"]                                from outside, once a step is done (launch/drill.py)
+    strikes=[Act(5, function)]                               anything else then; gets the `Live` run
+    between={2: function}                                    when generation 1 is over, before 2 is fenced off
+
+`hold(step)` is a fault that stops rank 0 before the step after it, so that strikes meet a run that stands still there.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+
+from tests.waiting import until
+from windlass.checkpoint.memory import pids
+from windlass.checkpoint.memory.client import SnapshotClient
+from windlass.checkpoint.memory.folder import NodeFolder, list_jobs
+from windlass.checkpoint.memory.segment import Segment, Slot
+from windlass.checkpoint.memory.status import Status
+from windlass.checkpoint.reader import CheckpointReader
+from windlass.checkpoint.store import find_checkpoint
+from windlass.data.prepare import prepare
+from windlass.launch.config import load_job
+from windlass.launch.control_log import ControlLog, job_of, job_token
+from windlass.launch.controller import Controller
+from windlass.launch.drill import Strike
+from windlass.launch.forkserver import PRELOADED, ForkServer
+from windlass.launch.history import StepWatch
+from windlass.launch.job import Loaded
+from windlass.launch.local_fleet import LocalFleet, node_names
+from windlass.launch.local_run import patience_of, prepared
+from windlass.launch.metrics import read_metrics
+from windlass.launch.node_memory import NodeMemory
+from windlass.launch.worker import worker_command
+
+STEPS = 12
+BATCH = 8
+RUN_S = 50.0  # a run that takes longer is ended, and its test fails with what was said
+JOB = f"""
+model: {{vocab_size: 257, hidden_size: 32, num_layers: 2, num_heads: 2, max_seq_len: 32, tie_embeddings: true}}
+train: {{steps: {STEPS}, seq_len: 32, micro_batch: 2, global_batch: {BATCH}, eval_batches: 1, threads: 1}}
+optimizer: {{lr: 1e-2, clip_norm: 2.0}}
+zero: {{stage: 2}}
+metrics: {{tensorboard: false}}
+"""
+PROTECTED = ("snapshot.every=1", "snapshot.slots=3", "snapshot.chunk_bytes=16384", "snapshot.bucket_bytes=65536")
+PROTECTED += ("snapshot.peer_timeout_s=3", "checkpoint.mode=lazy", "recovery.max_restarts=8", "recovery.replace_s=0")
+EXACT = ("loss", "grad_norm", "lr", "samples", "skipped")
+
+
+def hold(step: int, *, generation: int = 1, rank: int = 0) -> str:
+    """Return the fault that keeps a rank from beginning the step after `step` until it is killed."""
+    return f"hang:step:rank={rank}:step={step + 1}:generation={generation}"
+
+
+@dataclass(frozen=True)
+class Act:
+    """Do something once a step is done, from the controller's thread."""
+
+    step: int
+    do: Callable[[Live], object]
+
+
+@dataclass
+class Deadline:
+    """Asks a run to stop when it takes too long, and then kills it."""
+
+    at: float
+
+    @property
+    def count(self) -> int:
+        late = time.monotonic() - self.at
+        return 0 if late < 0 else 1 + (late > 2)
+
+
+@dataclass
+class Live:
+    """A run under way, as a fault sees it."""
+
+    loaded: Loaded
+    fleet: LocalFleet
+    memories: Mapping[str, NodeMemory]
+
+    @property
+    def run(self) -> Path:
+        return Path(self.loaded.config.train.run_dir)
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.run / "checkpoints"
+
+    def memory(self, node: int) -> NodeFolder:
+        """Return the folder in memory of a node."""
+        return self.memories[f"node-{node}"].folder
+
+    def status(self, node: int = 0) -> Status:
+        """Ask the snapshot process of a node how it is."""
+        with SnapshotClient.of(self.memory(node)) as client:
+            return client.status()
+
+    def until_at(self, level: str, step: int, node: int = 0) -> None:
+        """Wait until a level ("ram", "peers", "local", "storage") holds a step, as a node sees it."""
+        until(lambda: self.status(node).newest.get(level, -1) >= step, 15)
+
+    def segment(self, node: int, role: str, rank: int) -> Segment:
+        """Open the newest segment of a rank for writing."""
+        found = [f for f in self.memory(node).segments() if (f.role, f.rank) == (role, rank)]
+        return Segment.open(max(found, key=lambda f: f.path.stat().st_mtime_ns).path, writable=True)
+
+    def slot(self, segment: Segment, step: int) -> Slot:
+        """Return the slot of a segment that holds a step."""
+        for slot in segment.slots:
+            header = slot.header()
+            if header is not None and header.step == step:
+                return slot
+        raise AssertionError(f"{segment.path} does not hold step {step}")
+
+    def flip(self, node: int, role: str, rank: int, step: int, at: int = 1000) -> None:
+        """Change one byte of a snapshot, as a broken memory would."""
+        segment = self.segment(node, role, rank)
+        self.slot(segment, step).data[at] ^= 0x40
+        segment.close()
+
+    def lose(self, *nodes: int) -> None:
+        """Let nodes vanish now: processes, memory, local folders."""
+        for node in nodes:
+            self.fleet.strike("node", f"node-{node}")
+
+
+class Watched:
+    """A fleet with acts of a test between its own."""
+
+    def __init__(
+        self, live: Live, acts: Sequence[Callable[[Live], object]], between: Mapping[int, Callable[[Live], object]]
+    ) -> None:
+        self._live, self._acts, self._between = live, acts, between
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._live.fleet, name)
+
+    def fence(self, generation: int) -> None:
+        if generation in self._between:
+            self._between[generation](self._live)
+        self._live.fleet.fence(generation)
+
+    def strike(self, kind: str, target: str) -> str:
+        if kind != "act":
+            return self._live.fleet.strike(kind, target)
+        act = self._acts[int(target)]
+        act(self._live)
+        return getattr(act, "__name__", "act")
+
+
+@dataclass
+class Told:
+    """How a run went."""
+
+    run: Path
+    code: int
+    said: str
+    steps: int
+    leftovers: list[str] = field(default_factory=list)
+    seconds: float = 0.0
+
+    @property
+    def records(self) -> list[dict[str, Any]]:
+        return ControlLog(self.run).records
+
+    def of(self, kind: str) -> list[dict[str, Any]]:
+        """Return the records of a kind in the control log."""
+        return [record for record in self.records if record["kind"] == kind]
+
+    @property
+    def recovered(self) -> list[dict[str, Any]]:
+        return self.of("recovered")
+
+    @property
+    def restored(self) -> list[tuple[int, str]]:
+        """The step and the tier of every recovery, in order."""
+        return [(record["restored"], tier_of(record["tier"])) for record in self.recovered]
+
+    @property
+    def history(self) -> list[dict[str, Any]]:
+        """The steps that count, in order."""
+        return [entry for entry in read_metrics(self.run / "metrics.jsonl") if "event" not in entry]
+
+    @property
+    def every_step(self) -> list[dict[str, Any]]:
+        """Every step that was ever finished, also those that were done again."""
+        lines = (self.run / "metrics.jsonl").read_text().splitlines()
+        entries = [json.loads(line) for line in lines if line.endswith("}")]
+        return [entry for entry in entries if "event" not in entry]
+
+    @property
+    def checkpoint(self) -> Path:
+        return Path(str(find_checkpoint(self.run / "checkpoints")))
+
+    def check(self, undisturbed: Told, *, lost: int = 1, restarts: int | None = None, exact: bool = True) -> None:
+        """Assert that nothing but time was lost: the oracle. `lost`: steps that each recovery may repeat.
+
+        `exact`: bit for bit, which holds as long as the number of workers stays the same.
+        """
+        assert self.code == 0, self.said
+        assert [entry["step"] for entry in self.history] == list(range(1, self.steps + 1))
+        edges = [tuple(entry["samples"]) for entry in self.history]
+        assert edges == [(step * BATCH, (step + 1) * BATCH) for step in range(self.steps)]
+        if exact:
+            right = {entry["step"]: [entry[key] for key in EXACT] for entry in undisturbed.history}
+            for entry in self.every_step:
+                assert [entry[key] for key in EXACT] == right[entry["step"]], f"step {entry['step']}: {self.said}"
+            self._check_same_checkpoint(undisturbed)
+        failures = self.of("failure") + self.of("planned")
+        assert len(self.recovered) == len(failures), self.said
+        assert all(0 <= record["lost"] <= lost for record in self.recovered), self.said
+        if restarts is not None:
+            assert len(failures) == restarts, self.said
+        assert self.leftovers == []
+
+    def _check_same_checkpoint(self, other: Told) -> None:
+        with CheckpointReader(self.checkpoint) as mine, CheckpointReader(other.checkpoint) as theirs:
+            assert mine.manifest.step == theirs.manifest.step == self.steps
+            assert sorted(mine.manifest.tensors) == sorted(theirs.manifest.tensors)
+            for key in mine.manifest.tensors:
+                assert torch.equal(mine.read(key), theirs.read(key)), key
+            for fact in ("step", "consumed", "tokens", "optimizer_steps"):
+                assert mine.manifest.extra[fact] == theirs.manifest.extra[fact], fact
+
+
+def tier_of(text: str) -> str:
+    """Return "ram", "local" or "storage" from how a start names what it went on from."""
+    return next((tier for tier in ("ram", "local") if text.split(" ")[0] == tier), "storage")
+
+
+class Lab:
+    """Runs jobs, each with a run folder and a folder in memory of its own. For one thread, that of the session."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self._server = ForkServer((*PRELOADED, "torch.fx.experimental.symbolic_shapes"))
+        self._undisturbed: dict[tuple[str, ...], Told] = {}
+        self._runs = 0
+        self._job = root / "job.yaml"
+        self._memory = Path(tempfile.mkdtemp(prefix="windlass-test-", dir="/dev/shm"))
+
+    def __enter__(self) -> Lab:
+        self._server.warm_up()
+        texts = self.root / "texts"
+        texts.mkdir()
+        for number in range(12):
+            (texts / f"{number}.txt").write_text(f"document {number}: " + "the quick brown fox " * (20 + number))
+        prepare([texts], self.root / "tokens", validation=0.3, workers=1)
+        self._job.write_text(JOB + f"data: {{path: {self.root / 'tokens'}}}\n")
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._server.close()
+        shutil.rmtree(self._memory, ignore_errors=True)
+
+    def undisturbed(self, workers: int = 2, **settings: object) -> Told:
+        """Return the run that all others must equal: without snapshots, nodes or faults. Made once per shape."""
+        key = (f"launch.workers={workers}", *(f"{name}={value}" for name, value in sorted(settings.items())))
+        if key not in self._undisturbed:
+            told = self._run(key, (), "", {}, False)
+            assert told.code == 0 and told.leftovers == [], told.said
+            self._undisturbed[key] = told
+        return self._undisturbed[key]
+
+    def run(
+        self,
+        *,
+        workers: int = 2,
+        nodes: int = 2,
+        spares: int = 1,
+        strikes: Sequence[str | Act] = (),
+        fault: str = "",
+        between: Mapping[int, Callable[[Live], object]] | None = None,
+        settings: Sequence[str] = (),
+    ) -> Told:
+        """Run a job that takes snapshots while something goes wrong; `settings` are overrides such as "zero.stage=3"."""
+        given = [f"launch.workers={workers}", f"launch.nodes={nodes}", f"launch.spares={spares}"]
+        given += [*PROTECTED, "snapshot.redundancy=xor", *settings]
+        return self._run(given, strikes, fault, between or {}, True)
+
+    def _run(
+        self,
+        given: Sequence[str],
+        strikes: Sequence[str | Act],
+        fault: str,
+        between: Mapping[int, Callable[[Live], object]],
+        protected: bool,
+    ) -> Told:
+        self._runs += 1
+        run, memory = self.root / f"run-{self._runs}", self._memory / str(self._runs)
+        memory.mkdir()
+        overrides = [f"train.run_dir={run}", f"snapshot.folder={memory}", *given]
+        if any(text.startswith("checkpoint.local_every") for text in given):
+            overrides.append(f"checkpoint.local_dir={self.root / f'local-{self._runs}'}")
+        loaded, limits = prepared(load_job(self._job, overrides))
+        config = loaded.config
+        run.mkdir()
+        token, said, began = job_token(run), list[str](), time.monotonic()
+        before = os.environ.get("WINDLASS_FAULT")
+        try:
+            if fault:
+                os.environ["WINDLASS_FAULT"] = fault
+            memories = {
+                name: NodeMemory(NodeFolder(memory, job_of(run), name), token)
+                for name in (node_names(config.launch) if protected else ())
+            }
+            fleet = LocalFleet(
+                worker_command(loaded),
+                config.launch,
+                memories=memories,
+                local_dir=config.checkpoint.local_dir,
+                start_process=self._server.spawn,
+            )
+            acts = [strike.do for strike in strikes if isinstance(strike, Act)]
+            controller = Controller(
+                Watched(Live(loaded, fleet, memories), acts, between),
+                ControlLog(run),
+                limits,
+                patience_of(loaded),
+                run,
+                variables={"WINDLASS_TOKEN": token},
+                strikes=_strikes(strikes),
+                say=said.append,
+            )
+            code = controller.run(Deadline(began + RUN_S))
+            return Told(
+                run, code, "\n".join(said), config.train.steps, self._left(memory), time.monotonic() - began
+            )
+        finally:
+            if fault:
+                os.environ.pop("WINDLASS_FAULT") if before is None else os.environ.update(WINDLASS_FAULT=before)
+            end_all(memory)
+
+    def _left(self, memory: Path) -> list[str]:
+        """Return what a run has left: folders in memory, its snapshot processes, workers."""
+        found = [str(folder.path) for folder in list_jobs(memory)]
+        return found + [f"process {pid}: {words}" for pid, words in processes_of(str(memory)).items()]
+
+
+def _strikes(strikes: Sequence[str | Act]) -> list[Strike]:
+    """Return strikes in the order of their steps; acts by their number."""
+    found, acts = [], 0
+    for strike in strikes:
+        if isinstance(strike, Act):
+            found.append(Strike("act", str(acts), strike.step))
+            acts += 1
+        else:
+            found.append(Strike.parse(strike))
+    return sorted(found, key=lambda strike: strike.step)
+
+
+def processes_of(text: str) -> dict[int, str]:
+    """Return the processes whose command line or environment has a text."""
+    found = {}
+    for entry in Path("/proc").iterdir():
+        if not entry.name.isdigit() or int(entry.name) == os.getpid():
+            continue
+        try:
+            words = (entry / "cmdline").read_bytes()
+            if text.encode() in words:
+                found[int(entry.name)] = words.replace(b"\0", b" ").decode(errors="replace")
+        except OSError:  # it has ended meanwhile, or is not ours
+            continue
+    return found
+
+
+def end_all(memory: Path) -> None:
+    """End the snapshot processes of a run that ended badly, and remove their memory."""
+    for folder in list_jobs(memory):
+        served = folder.read_smp()
+        if served is not None:
+            pids.send(served.pid, served.started, signal.SIGKILL)
+            pids.kill([(served.pid, served.started)], 5.0)
+    for pid in processes_of(str(memory)):
+        started = pids.started(pid)
+        if started is not None:
+            pids.send(pid, started, signal.SIGKILL)
+    shutil.rmtree(memory, ignore_errors=True)
+
+
+def done(live: Live) -> int:
+    """Return the last step that a run has finished so far."""
+    return StepWatch(live.run).last()

@@ -1,0 +1,324 @@
+"""Runs in a Ray cluster of emulated nodes that lose workers, agents, controllers and nodes, without torch."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import ray
+from ray._private.state import GlobalState
+from ray._raylet import GcsClient, GcsClientOptions
+from ray.core.generated import autoscaler_pb2
+
+from tests.waiting import until
+from windlass.checkpoint.memory.folder import list_jobs
+from windlass.launch.control_log import ControlLog, job_of
+from windlass.launch.controller import Patience
+from windlass.launch.decide import Limits
+from windlass.launch.drill import Strike
+from windlass.launch.local import LaunchConfig, WorkerCommand
+from windlass.launch.ray.controller import Feed
+from windlass.launch.ray.driver import Recovering, launch_recovering
+from windlass.launch.ray.emulated import EmulatedNodes, emulated
+from windlass.launch.ray.places import natural
+
+STEPPING = Path(__file__).with_name("stepping.py")
+DRIVER = """
+import sys
+from tests.ray.test_ray_recovery import Job
+from pathlib import Path
+job = Job(Path(sys.argv[1]), sys.argv[2], steps=1000, lease_s=float(sys.argv[3]))
+sys.exit(job.launch())
+"""
+
+
+@dataclass
+class Nodes:
+    """The emulated nodes of this module; tests lose some, so each asks for as many as it needs."""
+
+    emulated: EmulatedNodes
+    added: int = 0
+
+    @property
+    def address(self) -> str:
+        return self.emulated.address
+
+    def table(self) -> dict[str, dict[str, Any]]:
+        """Return the living nodes by name."""
+        state = GlobalState()
+        state._initialize_global_state(
+            GcsClientOptions.create(self.address, None, allow_cluster_id_nil=True, fetch_cluster_id_if_nil=False)
+        )
+        living = [n for n in state.node_table() if n["Alive"] and n["NodeName"] != "head"]
+        return {n["NodeName"]: n for n in sorted(living, key=lambda n: natural(n["NodeName"]))}
+
+    def have(self, count: int) -> list[str]:
+        """Return the names of at least so many living nodes, in the order in which a job takes them."""
+        for _ in range(count - len(self.table())):
+            self.add()
+        return list(self.table())
+
+    def add(self) -> str:
+        self.added += 1
+        self.emulated.add(f"node-{9 + self.added}")
+        return f"node-{9 + self.added}"
+
+
+@pytest.fixture(scope="module")
+def nodes() -> Iterator[Nodes]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_AUTH_MODE", "disabled")  # as in conftest: what this process has read cannot change
+        with emulated(3, 1) as made:
+            yield Nodes(made)
+
+
+@dataclass
+class Job:
+    """One run of two stand-in workers on two nodes."""
+
+    run: Path
+    address: str
+    steps: int = 20
+    step_s: float = 0.1
+    lease_s: float = 6.0
+    sizes: tuple[int, ...] = ()
+    replace_s: float = 0.0
+    snapshots: bool = False
+    spares: int = 0
+
+    def launch(self, *strikes: str) -> int:
+        payload = {"run": str(self.run), "steps": self.steps, "step_s": self.step_s}
+        recovering = Recovering(
+            self.run,
+            Limits(2, self.sizes, 9, node_failures=9, replace_s=self.replace_s),
+            Patience(5.0),
+            snapshots=self.snapshots,
+            strikes=tuple(_strike(text) for text in strikes),
+            lease_s=self.lease_s,
+        )
+        return launch_recovering(
+            WorkerCommand((str(STEPPING),), json.dumps(payload).encode()),
+            LaunchConfig(workers=2, spares=self.spares, all_ranks=True),
+            recovering,
+            address=self.address,
+            num_nodes=2,
+            spread=False,
+            device="cpu",
+        )
+
+    def drive(self) -> subprocess.Popen[str]:
+        """Run the launcher as its own process, and return once a worker has made a step."""
+        driver = subprocess.Popen(
+            [sys.executable, "-c", DRIVER, str(self.run), self.address, str(self.lease_s)],
+            cwd=STEPPING.parents[2],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        assert driver.stdout is not None
+        assert any('"step": 3' in line for line in iter(driver.stdout.readline, "")), driver.communicate()[1]
+        return driver
+
+    def records(self, kind: str) -> list[dict[str, Any]]:
+        return [record for record in ControlLog(self.run).records if record["kind"] == kind]
+
+    def processes(self) -> list[psutil.Process]:
+        """Return the workers of this run that live."""
+        found = []
+        for process in psutil.process_iter(["cmdline"]):
+            if str(STEPPING) in (process.info["cmdline"] or []):
+                with suppress(psutil.Error):
+                    if process.status() != psutil.STATUS_ZOMBIE:
+                        found.append(process)
+        return found
+
+    def folders(self) -> list[Path]:
+        return [folder.path for folder in list_jobs(Path("/dev/shm")) if folder.job == job_of(self.run)]
+
+
+@pytest.fixture
+def job(tmp_path: Path, nodes: Nodes) -> Iterator[Job]:
+    job = Job(tmp_path, nodes.address)
+    yield job
+    left = [*job.processes(), *job.folders()]
+    assert not ray.is_initialized() and not left
+
+
+def _strike(text: str) -> Strike:
+    kind, target, step = text.replace("@step", "").split("=")
+    return Strike(kind, target, int(step))
+
+
+@dataclass
+class Told:
+    """What the launcher printed."""
+
+    out: str
+    err: str
+    steps: list[dict[str, Any]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        plain = [line.removeprefix("[rank 1] ") for line in self.out.splitlines()]
+        self.steps = [json.loads(line) for line in plain if line.startswith("{")]
+
+    def of(self, **facts: Any) -> list[dict[str, Any]]:
+        return [told for told in self.steps if facts.items() <= told.items()]
+
+
+@pytest.fixture
+def told(capfd: pytest.CaptureFixture[str]) -> Callable[[], Told]:
+    return lambda: Told(*capfd.readouterr())
+
+
+def test_a_killed_controller_disturbs_no_worker_and_loses_no_line(
+    job: Job, nodes: Nodes, told: Callable[[], Told]
+) -> None:
+    first, second = nodes.have(2)[:2]
+    job.steps = 30
+    assert job.launch("rank=1@step=5", "controller=0@step=12", f"agent={second}@step=20") == 0
+    seen = told()
+    counts = Counter((line["rank"], line["step"]) for line in seen.steps)
+    assert set(counts) == {(rank, step) for rank in (0, 1) for step in range(1, 31)}
+    assert max(counts.values()) == 1, "a line came twice"
+    assert [record["why"] for record in job.records("decision")] == ["first start", "in place"]
+    assert len({line["pid"] for line in seen.of(generation=2)}) == 2
+    assert {(line["rank"], line["node"]) for line in seen.steps} == {(0, first), (1, second)}
+    assert "a new controller takes over generation 2" in seen.err
+    assert [record["what"] for record in job.records("struck")] == ["rank", "controller", "agent"]
+
+
+def test_a_spare_node_takes_the_place_of_a_lost_one(job: Job, nodes: Nodes, told: Callable[[], Told]) -> None:
+    lost, stays, spare = nodes.have(3)[:3]
+    job.spares = 1
+    assert job.launch(f"node={lost}@step=4") == 0
+    seen = told()
+    assert lost not in nodes.table()
+    (failure,) = job.records("failure")
+    (gone,) = job.records("lost")
+    assert gone["nodes"] == [lost] and failure["rank"] == 0
+    assert job.records("decision")[-1]["nodes"] == [spare, stays]
+    assert {line["node"] for line in seen.of(rank=0, generation=2)} == {spare}
+    assert f"lost {lost}" in seen.err
+
+
+def test_a_zombie_node_is_fenced_off_and_gone_at_the_end(job: Job, nodes: Nodes, told: Callable[[], Told]) -> None:
+    stays, cut_off, spare = nodes.have(3)[:3]
+    job.spares, job.steps = 1, 40
+    assert job.launch(f"zombie={cut_off}@step=4") == 0
+    seen = told()
+    assert job.records("lost")[0]["nodes"] == [cut_off]
+    assert job.records("decision")[-1]["nodes"] == [stays, spare]
+    shown = [line["generation"] for line in seen.of(rank=1)]
+    assert shown == sorted(shown) and shown[-1] == 2
+
+
+def test_without_a_spare_a_run_waits_for_a_new_node(job: Job, nodes: Nodes, told: Callable[[], Told]) -> None:
+    names = nodes.have(2)
+    for name in names[2:]:  # what other tests have added
+        psutil.Process(raylet_of(nodes, name)).kill()
+    until(lambda: len(nodes.table()) == 2, 20)
+    job.replace_s = 25.0
+    adding = threading.Thread(target=lambda: (until(lambda: len(nodes.table()) == 1, 25), nodes.add()))
+    adding.start()
+    assert job.launch(f"node={names[0]}@step=4") == 0
+    adding.join()
+    (new,) = set(nodes.table()) - set(names)
+    assert job.records("decision")[-1]["nodes"] == [new, names[1]]
+    assert "waiting" in told().err
+
+
+def raylet_of(nodes: Nodes, name: str) -> int:
+    node_id = nodes.table()[name]["NodeID"]
+    for process in psutil.process_iter(["cmdline"]):
+        if any(node_id in part for part in process.info["cmdline"] or []) and "raylet" in process.info["cmdline"][0]:
+            return int(process.pid)
+    raise AssertionError(f"{name} has no raylet")
+
+
+def test_a_run_shrinks_when_no_node_comes_and_its_snapshot_process_is_replaced(
+    job: Job, nodes: Nodes, told: Callable[[], Told]
+) -> None:
+    names = nodes.have(2)
+    for name in names[2:]:
+        psutil.Process(raylet_of(nodes, name)).kill()
+    until(lambda: len(nodes.table()) == 2, 20)
+    job.sizes, job.snapshots, job.steps = (1, 2), True, 40
+    assert job.launch(f"smp={names[0]}@step=2", f"node={names[1]}@step=15") == 0
+    assert job.records("decision")[-1]["nodes"] == [names[0]]
+    seen = told()
+    assert {line["rank"] for line in seen.of(generation=2)} == {0}
+    assert f"snapshot process of {names[0]} replaced" in seen.err
+
+
+def test_workers_leave_a_node_that_is_drained_before_it_goes(job: Job, nodes: Nodes, told: Callable[[], Told]) -> None:
+    leaves, stays, spare = nodes.have(3)[:3]
+    node_id = nodes.table()[leaves]["NodeID"]
+    job.steps = 60
+
+    def drain() -> None:
+        until(lambda: len(job.records("start")) > 0, 25)
+        GcsClient(address=nodes.address).drain_node(
+            node_id,
+            autoscaler_pb2.DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION"),
+            "spot",
+            int((time.time() + 20) * 1000),
+        )
+
+    draining = threading.Thread(target=drain)
+    draining.start()
+    assert job.launch() == 0
+    draining.join()
+    seen = told()
+    assert [record["why"] for record in job.records("planned")] == [f"{leaves} will be taken away"]
+    assert not job.records("failure")
+    assert job.records("decision")[-1]["nodes"] == [spare, stays]
+    assert len(seen.of(rank=0)) == 60, "a step was lost"
+
+
+def test_a_request_to_stop_lets_workers_save(job: Job, nodes: Nodes) -> None:
+    nodes.have(2)
+    driver = job.drive()
+    os.kill(driver.pid, signal.SIGTERM)
+    out, err = driver.communicate(timeout=30)
+    assert driver.returncode == 0, err
+    assert sorted(line[:8] for line in out.splitlines() if "saved by" in line) == ["[rank 1]", "saved by"]
+
+
+def test_a_job_whose_driver_is_killed_stops_and_leaves_nothing(job: Job, nodes: Nodes) -> None:
+    nodes.have(2)
+    job.lease_s = 3.0
+    driver = job.drive()
+    driver.kill()
+    driver.communicate()
+    assert job.processes()
+    until(lambda: not job.processes() and not job.folders(), 25)
+    assert [record["code"] for record in job.records("end")] == [0]
+    until(lambda: not any("JobController" in p.info["name"] for p in psutil.process_iter(["name"])), 10)
+
+
+def test_lines_are_kept_until_the_driver_has_them_and_shown_once() -> None:
+    feed = Feed()
+    feed.put("a", 1, "stdout", "one")
+    feed.put("a", 1, "stdout", "one")  # polled twice
+    feed.put("b", 7, "stderr", "seven")
+    place, lines = feed.take(("", 0), 0.0)
+    assert [(line.source, line.number) for line in lines] == [("a", 1), ("b", 7)]
+    assert feed.confirmed("a") == 0, "the driver may not have got them"
+    place, lines = feed.take(place, 0.0)
+    assert lines == () and feed.confirmed("a") == 1 and feed.confirmed("b") == 7
+    feed.put("a", 2, "stdout", "two")
+    _, lines = feed.take(("another", 5), 0.0)  # of a feed that died
+    assert [line.text for line in lines] == ["two"]

@@ -1,0 +1,103 @@
+"""Snapshots on the drive of a node: whole steps, or none."""
+
+import errno
+import os
+
+import numpy as np
+import pytest
+
+from tests.checkpoint_doubles import some_state
+from tests.persist_doubles import (
+    CHUNK,
+    JOB,
+    Crash,
+    failing_at,
+    nodes_with,
+    parity_header,
+)
+from windlass.checkpoint.local_level import LocalLevel
+from windlass.checkpoint.memory.segment import Segment
+from windlass.checkpoint.memory.segment import verify as damaged_chunks
+from windlass.dist.errors import CheckpointError
+
+
+@pytest.fixture(autouse=True)
+def no_drive(monkeypatch):
+    """Nothing here depends on drives (test_checkpoint_power_loss.py does)."""
+    monkeypatch.setattr("os.fsync", lambda file: None)
+
+
+# -- the drive of a node ---------------------------------------------------------------------------------------------
+
+
+def local_step(nodes, step, node="node-0", parity=None):
+    persister = nodes.persisters[node]
+    temporary = persister.begin("local", step, nodes.generation, nodes.membership)
+    data = {m.rank: nodes.slots[m.rank] for m in nodes.membership.by_node[node]}
+    rows = persister.prepare("local", step, nodes.generation, temporary, nodes.membership, data, parity or {})
+    return persister.commit("local", step, nodes.generation, temporary, {node: rows}, nodes.membership)
+
+
+@pytest.fixture
+def drive(tmp_path):
+    nodes = nodes_with(tmp_path, some_state(), "", local_dir=str(tmp_path / "nvme"))
+    nodes.hold(6)
+    return nodes, LocalLevel(tmp_path / "nvme" / JOB / "node-0")
+
+
+def test_the_local_level_holds_slots_as_they_are_with_what_explains_them(drive, tmp_path):
+    nodes, level = drive
+    segment = Segment.create(tmp_path / "p.seg", "parity", 0, 1000, 1, CHUNK, 8)
+    segment.slots[0].data[:] = np.arange(1000) % 251
+    assert segment.slots[0].write(parity_header(JOB, 1, 6, 0, segment.slots[0].data))
+    place = local_step(nodes, 6, parity={0: segment.slots[0]})
+    assert place == str(tmp_path / "nvme" / JOB / "node-0" / "step-00000006")
+    (found,) = level.complete()
+    assert (found.step, found.generation) == (6, 1)
+    assert found.membership_path.read_text() == nodes.membership.dump()
+    assert sorted(found.segments()) == [("data", 0), ("data", 1), ("parity", 0)]
+    originals = {("data", 0): nodes.slots[0], ("data", 1): nodes.slots[1], ("parity", 0): segment.slots[0]}
+    for key, path in found.segments().items():
+        slot, original = Segment.open(path).slots[0], originals[key]
+        header = slot.header()
+        assert header == original.header() and damaged_chunks(slot, header) == []
+        assert np.array_equal(slot.data[: header.num_bytes], original.data[: header.num_bytes])
+        if header.layout:
+            assert (
+                found.layout_path(header.layout).read_bytes()
+                == nodes.folders["node-0"].read_layout(header.layout).dump()
+            )
+
+
+@pytest.mark.parametrize("point", ["open", "write", "fsync", "manifest", "rename"])
+def test_a_local_step_that_fails_leaves_the_old_one_and_nothing_else(drive, monkeypatch, point):
+    nodes, level = drive
+    local_step(nodes, 6)
+    nodes.hold(7)
+    with monkeypatch.context() as patch:
+        failing_at(patch, point, OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/full/disk"))
+        with pytest.raises(
+            CheckpointError, match=r"step 7 was not saved in .*nvme: No space left on device: /full/disk"
+        ):
+            local_step(nodes, 7)
+    assert os.listdir(level.folder) == ["step-00000006"]
+    with monkeypatch.context() as patch:
+        failing_at(patch, point, Crash())
+        with pytest.raises(Crash):
+            local_step(nodes, 7)
+    assert [held.step for held in level.complete()] == [6]
+    local_step(nodes, 7)
+    assert sorted(os.listdir(level.folder)) == ["step-00000006", "step-00000007"]
+
+
+def test_two_local_steps_are_kept_and_damaged_ones_do_not_count(drive):
+    nodes, level = drive
+    for step in (6, 7, 8):
+        nodes.hold(step)
+        local_step(nodes, step)
+    assert nodes.leader.steps("local") == [8, 7]
+    (level.folder / "step-00000008" / "data-00001.seg").unlink()
+    assert nodes.leader.newest("local") == 7
+    mark = level.folder / "step-00000007" / "complete.json"
+    mark.write_bytes(mark.read_bytes().replace(b'"step": 7', b'"step": 9'))
+    assert nodes.leader.newest("local") is None
