@@ -1,7 +1,7 @@
 """Writes a rank's bytes from memory as the file that `save` would write, without torch.
 
-Each fragment becomes a torch.save archive: the frame that the trainer made, around the raw bytes. What is read is
-compared with the hashes of the snapshot first, chunk by chunk, so a checkpoint never holds what memory has damaged.
+Each fragment becomes a torch.save archive: the frame that the trainer made, around the raw bytes. All of it is compared
+with the hashes of the snapshot on the way, so no checkpoint is published that holds what memory has damaged.
 Must not know: torch, other ranks, when a checkpoint counts.
 """
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import base64
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -22,28 +22,49 @@ from windlass.dist.errors import CheckpointError
 
 FRAMES_VERSION = 1
 ALIGNMENT = 64  # of archives in the file, as in `writer.py`
-BATCH_BYTES = 4 << 20  # of one system call; small enough to be still in the processor's cache after hashing
+BATCH_BYTES = 4 << 20  # of one system call
+SLICE_BYTES = 256 << 10  # hashed three times over: for the chunk, the piece and the file
 
 
 class Checked:
-    """The bytes of a snapshot, each chunk compared with its hash before it is handed out.
+    """The bytes of a snapshot from front to back, compared with the hashes of its chunks as they pass.
 
-    Raises: CheckpointError naming the first chunk that differs
+    Raises: CheckpointError naming the first chunk that differs, once its last byte has been taken
     """
 
     def __init__(self, what: str, data: np.ndarray, num_bytes: int, chunk_bytes: int, table: Sequence[int]) -> None:
-        self.what, self.chunk_bytes, self.num_bytes = what, chunk_bytes, num_bytes
-        self.view, self.table = data.data[:num_bytes], table
-        self.done = 0
+        self.what, self.chunk_bytes, self.num_bytes, self.table = what, chunk_bytes, num_bytes, table
+        self.view = data.data[:num_bytes]
+        self.position = 0
+        self._hasher = xxhash.xxh3_64()
 
-    def upto(self, end: int) -> None:
-        """Check all chunks that begin before `end`."""
-        while self.done * self.chunk_bytes < end:
-            low = self.done * self.chunk_bytes
-            found = xxhash.xxh3_64_intdigest(self.view[low : low + self.chunk_bytes])
-            if self.done >= len(self.table) or found != self.table[self.done]:
-                raise CheckpointError(f"{self.what}: bytes {low} on are not those that were hashed: they were damaged")
-            self.done += 1
+    def take(self, low: int, high: int) -> Iterator[memoryview]:
+        """Yield bytes `[low, high)` in slices that stay in the processor's cache while they are hashed; nothing before
+        `low` can be taken any more.
+        """
+        while self.position < high:
+            inside = self.chunk_bytes - self.position % self.chunk_bytes
+            border = low if self.position < low else high
+            part = self.view[self.position : min(border, self.position + min(inside, SLICE_BYTES))]
+            self._hasher.update(part)
+            self.position += len(part)
+            if self.position % self.chunk_bytes == 0 or self.position == self.num_bytes:
+                self._compare()
+            if self.position > low:
+                yield part
+
+    def finish(self) -> None:
+        """Compare what was not taken."""
+        for _ in self.take(self.num_bytes, self.num_bytes):
+            raise AssertionError("nothing lies beyond the end")
+
+    def _compare(self) -> None:
+        number = (self.position - 1) // self.chunk_bytes
+        if number >= len(self.table) or self._hasher.intdigest() != self.table[number]:
+            raise CheckpointError(
+                f"{self.what}: bytes {number * self.chunk_bytes} on are not those that were hashed: they were damaged"
+            )
+        self._hasher.reset()
 
 
 class _Output:
@@ -101,17 +122,14 @@ def write_archives(
             start = out.position
             out.put(frame[0])
             offset, hasher = out.position, xxhash.xxh3_64()
-            low, end = fragment.offset, fragment.offset + fragment.num_bytes
-            while low < end:
-                high = min(low - low % source.chunk_bytes + source.chunk_bytes, end)
-                source.upto(high)
-                hasher.update(source.view[low:high])
-                out.put(source.view[low:high])
-                low = high
+            for part in source.take(fragment.offset, fragment.offset + fragment.num_bytes):
+                hasher.update(part)
+                out.put(part)
             out.put(frame[1])
             place = [offset, fragment.num_bytes, hasher.hexdigest(), start, out.position - start]
             boxed = [list(fragment.box.offsets), list(fragment.box.sizes), *place]
             rows.append([fragment.key, list(fragment.global_shape), fragment.dtype, boxed])
+        source.finish()
         out.flush()
         fault("fsync")
     except BaseException:

@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import xxhash
 
 from windlass.checkpoint.archives import BATCH_BYTES, Checked
@@ -156,8 +157,11 @@ def _copy(path: Path, slot: Slot, header: SlotHeader, pace: Pace, fault: Callabl
             high = min(low + BATCH_BYTES, header.num_bytes)
             fault("write", header.rank, header.step)
             pace.spend(high - low)
-            source.upto(high)
-            copy.data[low:high] = slot.data[low:high]
+            at = low
+            for part in source.take(low, high):
+                copy.data[at : at + len(part)] = np.frombuffer(part, np.uint8)
+                at += len(part)
+        source.finish()
         now = slot.header()
         if now is None or (now.generation, now.step) != (header.generation, header.step):
             raise CheckpointError(f"the {what} was replaced while it was written")

@@ -35,7 +35,6 @@ from windlass.launch.recovery import RecoveryConfig
 from windlass.launch.supervisor import StopCount, WorkerGroup, conclude, supervise
 
 REPORT_S = 0.5  # a lost peer is noticed within milliseconds; recovery does not wait for the slowest report
-FLUSH_SHARE = 0.4  # of the time from SIGTERM to the end, kept for making the newest snapshot durable
 LOOK_S = 0.25  # between looks at nodes that are waited for, and at reports of a start
 AIM_S = 0.01  # between looks at the step while a drill waits for one
 MISTAKES = tuple(kind.exit_code for kind in (ConfigError, PlanError, DataError, ModelError, NumericsError))
@@ -47,6 +46,7 @@ class Patience:
 
     grace_s: float = 30.0  # from the first SIGTERM to the end
     grow_s: float = 0.0  # between looks for room to grow
+    flush_s: float = 0.0  # of the grace, kept for making the newest snapshot durable
 
 
 def limits_of(config: RecoveryConfig, workers: int, sizes: Sequence[int]) -> Limits:
@@ -181,7 +181,7 @@ class Controller:
                 0.0,
                 stop,
                 report_s=REPORT_S,
-                deadline_s=self._patience.grace_s * (1 - FLUSH_SHARE),
+                deadline_s=self._patience.grace_s - self._patience.flush_s,
                 tend=self._tend,
                 look_s=AIM_S if self._strikes else 0.1,
             )
@@ -337,7 +337,7 @@ class Controller:
         """End after a request to stop: 0 if the work is safe."""
         if exits and all(ended.code == 0 for ended in exits):
             return 0
-        step = self._fleet.flush(self._patience.grace_s * FLUSH_SHARE)
+        step = self._fleet.flush(self._patience.flush_s) if self._patience.flush_s else None
         if step is not None and all(failure.secondary for failure in order_failures(exits)):
             self._say(f"windlass: stopped on request; step {step} was made durable from snapshots")
             return 0

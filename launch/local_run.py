@@ -29,6 +29,9 @@ if TYPE_CHECKING:
     from windlass.launch.node_memory import NodeMemory
 
 
+FLUSH_SHARE = 0.4  # of the time from SIGTERM to the end, when workers do not make it
+
+
 def needs_controller(loaded: Loaded) -> bool:
     """Tell whether a run of several workers, or of one, needs somebody beside it."""
     config = loaded.config
@@ -73,8 +76,10 @@ def prepared(loaded: Loaded) -> tuple[Loaded, Limits]:
 
 
 def patience_of(loaded: Loaded) -> Patience:
+    """Return how long the controller of a job waits for what."""
     recovery = loaded.config.recovery
-    return Patience(recovery.grace_s, recovery.grow_s)
+    flush_s = FLUSH_SHARE * recovery.grace_s if uses_snapshots(loaded) else 0.0
+    return Patience(recovery.grace_s, recovery.grow_s, flush_s)
 
 
 @contextmanager

@@ -153,9 +153,12 @@ class NodeMemory:
             return None
 
     def release(self, ok: bool) -> None:
-        """End the snapshot process and remove its memory if the job is complete; else both stay for their lease."""
+        """End the snapshot process and remove its memory if the job is complete; else both stay for their lease.
+
+        They stay, too, where a complete job could not make its last step durable.
+        """
         self.leave()
-        if not ok:
+        if not ok or self.folder.kept:
             return
         try:
             with SnapshotClient.of(self.folder, timeout_s=ANSWER_S) as client:

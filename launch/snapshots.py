@@ -32,6 +32,7 @@ from windlass.dist.errors import CheckpointError, WorkerError
 from windlass.dist.rendezvous import own_address
 from windlass.dist.trace import Tracer
 from windlass.launch.control_log import job_of, job_token
+from windlass.launch.node_memory import forget_another_run
 
 if TYPE_CHECKING:
     from windlass.launch.job import JobConfig
@@ -68,15 +69,14 @@ class Snapshots:
         self._config, self._env, self._world = config, env, world
         self.generation, self.job, self.node = generation, job_of(config.train.run_dir), node_of(env)
         self.folder = NodeFolder(Path(config.snapshot.folder), self.job, self.node)
-        on_all_ranks(world, lambda: self.folder.create(job_token(Path(config.train.run_dir))) and None).check()
+        self.seats = self._meet()
         self.beats = Heartbeat(self.folder.beat_path(env.rank), generation)
         self._stacks = self._show_stacks_when_asked()
         self._check_generation()  # after the heartbeat: whoever fences us meanwhile finds our process
-        self.seats = self._meet()
         self.client = SnapshotClient.of(self.folder, generation)
         self._capturer: Capturer | None = None
-        alone = env.launcher not in ("local", "ray")  # those look after the process themselves
-        self._watch = _Watch(self.folder, self.client, supervise=alone, first=self.seats.speaks(env.rank))
+        self._alone = env.launcher not in ("local", "ray")  # those look after the process and its memory themselves
+        self._watch = _Watch(self.folder, self.client, supervise=self._alone, first=self.seats.speaks(env.rank))
         self._blocked_s = 0.0
         self._final = 0  # the step of the last snapshot
 
@@ -106,13 +106,15 @@ class Snapshots:
         told = self._world.gather_objects([self.node, domain])
         nodes = [node for node, _ in told]
         first = nodes.index(self.node) == self._env.rank
-
-        self._settings().keep_in(self.folder)  # a process that starts now finds the local level by them
         host = own_address(self._env, one_host=len(set(nodes)) == 1) or "127.0.0.1"
 
         def start() -> list[Any]:
             if not first:
                 return []
+            token = job_token(Path(self._config.train.run_dir))
+            forget_another_run(self.folder, token)
+            self.folder.create(token)
+            self._settings().keep_in(self.folder)  # a process that starts now finds the local level by them
             running = ensure_snapshot_process(self.folder, timeout_s=START_S, host=host)
             return [running.host, running.port]
 
@@ -133,7 +135,7 @@ class Snapshots:
     ) -> list[str]:
         """Take room for snapshots and tell the snapshot processes who protects whom; return what is not protected.
 
-        `restored`: generation and step that this one goes on from, `anchor`: the newest that is protected; both are kept
+        `restored`: generation and step that this one goes on from, `anchor`: the newest that is protected; both stay
         until a newer one is protected.
 
         Collective:  every rank of the world
@@ -294,6 +296,22 @@ class Snapshots:
             return SaveReport(False, step, None, 0, seconds, {}, outcome.problem)
         place, num_bytes = outcome.values[0]
         return SaveReport(True, step, Path(place), num_bytes, seconds, {"persist": seconds})
+
+    def finish(self, *, saved: bool) -> None:
+        """Let the memory of this node go when training has ended; unless the last step is nowhere else.
+
+        Blocks:      host, milliseconds
+        """
+        if not self.speaks:
+            return
+        if not saved:
+            self.folder.keep()
+        elif self._alone:
+            self._watch.stop()
+            try:
+                self.client.stop(remove=True)
+            except CheckpointError:  # it is not there, and the next one would keep the folder for its lease
+                self.folder.remove()
 
     def problems(self) -> list[str]:
         """Return what went wrong beside training since the last call, each once."""

@@ -64,6 +64,8 @@ class Trainer:
             )
             raise
         run.events.emit(ended)
+        if run.snapshots is not None:
+            run.snapshots.finish(saved=self._saved_at == self.step or not run.config.checkpoint.at_end)
         if run.offload is not None:  # whoever goes on from here goes on from the checkpoint
             run.offload.finished = self._saved_at == self.step
         return ended

@@ -582,6 +582,9 @@ class World:
         return True
 
     def _decide(self) -> bool:
+        if any(n.there and n.generation < self.generation for n in self.nodes.values()):
+            self.phase = "announce"  # a node came back: it is fenced before anybody is seated on it
+            return True
         seats = [Seat(n.name, n.name, self.shape.per_node, n.there) for n in self.nodes.values()]
         limits = Limits(self.workers, self.shape.sizes, 10**6, 10**6, 10**6, 0.0)
         decision = self.rules.decide(History.of(self.log), seats, limits)
@@ -596,6 +599,9 @@ class World:
         return True
 
     def _start(self) -> bool:
+        if any(n.there and n.generation < self.generation for n in self.nodes.values()):
+            self.phase = "announce"
+            return True
         names = next(r["nodes"] for r in reversed(self.log) if r["kind"] == "decision")
         self.runs.append(Run(self.generation, [Trainer(rank, name) for rank, name in enumerate(names)]))
         self.phase = "watch"

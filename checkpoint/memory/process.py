@@ -8,6 +8,7 @@ Must not know: torch (it stays small), who started it.
 from __future__ import annotations
 
 import argparse
+import faulthandler
 import fcntl
 import json
 import os
@@ -260,6 +261,7 @@ class SnapshotProcess:
         """Serve until the end."""
         signal.signal(signal.SIGTERM, self._asked_to_end)
         signal.signal(signal.SIGINT, signal.SIG_IGN)
+        faulthandler.register(signal.SIGUSR1, all_threads=True)  # as trainers do: into the log
         self._resume()
         self._server.start()
         self.folder.touch_lease()

@@ -171,10 +171,12 @@ class NodeSlots:
         return freed
 
     def free_orphans(self, generation: int) -> None:
-        """Free parity whose data is not there: no report names it, so no decree would ever free it."""
+        """Free parity whose data is not there: no report names it, so no decree would ever free it. What is committed
+        stays: its data was lost since, and it makes up for that.
+        """
         with self._lock:
             for slot, header in list(self.held(PARITY)):
-                made = header.generation == generation and header.state >= State.ENCODED
+                made = header.generation == generation and header.state == State.ENCODED
                 if made and self.find(DATA, header.rank, header.step, generation) is None:
                     slot.free(header)
 

@@ -176,8 +176,10 @@ class Ballot:
         watermark = max([self.watermark, self.newest(State.ENCODED), *proven])
         undecided = {step for steps in held.values() for step in steps if step > max(watermark, self.dropped)}
         # All or nothing: were dead steps freed one by one, ranks would find free slots at different steps and go on
-        # taking snapshots of different steps for ever.
-        dead = undecided and all(self._is_dead(step, held) for step in undecided)
+        # taking snapshots of different steps for ever. And only once all nodes have been heard: one that has not may
+        # know of a commit, after which others have freed what is older.
+        heard = len(self.reports) == len(self.ranks)
+        dead = heard and undecided and all(self._is_dead(step, held) for step in undecided)
         dropped = max(undecided) if dead else self.dropped
         if (watermark, dropped) == (self.watermark, self.dropped):
             return False

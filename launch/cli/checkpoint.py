@@ -18,7 +18,10 @@ app = typer.Typer(
     help="List, verify and export checkpoints.\n\nExample: windlass checkpoint ls runs/tiny", no_args_is_help=True
 )
 
-Target = Annotated[Path, typer.Argument(metavar="RUN_OR_CHECKPOINT", help="A run folder or one step-XXXXXXXX folder.")]
+Target = Annotated[
+    str,
+    typer.Argument(metavar="RUN_OR_CHECKPOINT", help="A run folder, one step-XXXXXXXX folder, or the URL of either."),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 
 
@@ -37,14 +40,14 @@ class ExportDtype(str, Enum):
 
 @app.command("ls", help="List the checkpoints of a run, newest first.\n\nExample: windlass checkpoint ls runs/tiny")
 def list_command(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, or its folder checkpoints.")],
+    run: Annotated[str, typer.Argument(metavar="RUN", help="A run folder, its folder checkpoints, or a URL of them.")],
     as_json: AsJson = False,
 ) -> None:
     from windlass.checkpoint.manifest import readable_bytes
     from windlass.checkpoint.store import checkpoints_root, list_checkpoints
     from windlass.dist.errors import CheckpointError
 
-    if not run.is_dir():
+    if "://" not in run and not Path(run).is_dir():
         raise CheckpointError(f"{run}: no such folder. Give a run folder (it holds checkpoints/)")
     root = checkpoints_root(run)
     found = list_checkpoints(root)

@@ -16,6 +16,7 @@ What goes wrong is said in one of four ways:
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -46,6 +47,7 @@ from windlass.launch.drill import Strike
 from windlass.launch.forkserver import PRELOADED, ForkServer
 from windlass.launch.history import StepWatch
 from windlass.launch.job import Loaded
+from windlass.launch.local import WorkerCommand, WorkerProcess
 from windlass.launch.local_fleet import LocalFleet, node_names
 from windlass.launch.local_run import patience_of, prepared
 from windlass.launch.metrics import read_metrics
@@ -54,12 +56,14 @@ from windlass.launch.worker import worker_command
 
 STEPS = 12
 BATCH = 8
+GONE_S = 5.0
 RUN_S = 50.0  # a run that takes longer is ended, and its test fails with what was said
 JOB = f"""
 model: {{vocab_size: 257, hidden_size: 32, num_layers: 2, num_heads: 2, max_seq_len: 32, tie_embeddings: true}}
-train: {{steps: {STEPS}, seq_len: 32, micro_batch: 2, global_batch: {BATCH}, eval_batches: 1, threads: 1}}
+train: {{steps: {STEPS}, seq_len: 32, micro_batch: 2, global_batch: {BATCH}, eval_batches: 1}}
 optimizer: {{lr: 1e-2, clip_norm: 2.0}}
 zero: {{stage: 2}}
+launch: {{threads: 1}}
 metrics: {{tensorboard: false}}
 """
 PROTECTED = ("snapshot.every=1", "snapshot.slots=3", "snapshot.chunk_bytes=16384", "snapshot.bucket_bytes=65536")
@@ -81,15 +85,16 @@ class Act:
 
 
 @dataclass
-class Deadline:
-    """Asks a run to stop when it takes too long, and then kills it."""
+class Stop:
+    """Asks a run to stop when a test wants it, or when it takes too long, and then kills it."""
 
     at: float
+    asked: int = 0
 
     @property
     def count(self) -> int:
         late = time.monotonic() - self.at
-        return 0 if late < 0 else 1 + (late > 2)
+        return self.asked if late < 0 else 1 + (late > 2)
 
 
 @dataclass
@@ -99,6 +104,7 @@ class Live:
     loaded: Loaded
     fleet: LocalFleet
     memories: Mapping[str, NodeMemory]
+    stop: Stop
 
     @property
     def run(self) -> Path:
@@ -257,8 +263,9 @@ class Lab:
         self.root = root
         self._server = ForkServer((*PRELOADED, "torch.fx.experimental.symbolic_shapes"))
         self._undisturbed: dict[tuple[str, ...], Told] = {}
+        self._workers: list[WorkerProcess] = []  # of the run under way
         self._runs = 0
-        self._job = root / "job.yaml"
+        self.job = root / "job.yaml"
         self._memory = Path(tempfile.mkdtemp(prefix="windlass-test-", dir="/dev/shm"))
 
     def __enter__(self) -> Lab:
@@ -268,7 +275,7 @@ class Lab:
         for number in range(12):
             (texts / f"{number}.txt").write_text(f"document {number}: " + "the quick brown fox " * (20 + number))
         prepare([texts], self.root / "tokens", validation=0.3, workers=1)
-        self._job.write_text(JOB + f"data: {{path: {self.root / 'tokens'}}}\n")
+        self.job.write_text(JOB + f"data: {{path: {self.root / 'tokens'}}}\n")
         return self
 
     def __exit__(
@@ -276,6 +283,10 @@ class Lab:
     ) -> None:
         self._server.close()
         shutil.rmtree(self._memory, ignore_errors=True)
+
+    def new_memory(self) -> Path:
+        """Make a folder in memory for the snapshots of one run; it goes with the lab."""
+        return Path(tempfile.mkdtemp(dir=self._memory))
 
     def undisturbed(self, workers: int = 2, **settings: object) -> Told:
         """Return the run that all others must equal: without snapshots, nodes or faults. Made once per shape."""
@@ -311,12 +322,12 @@ class Lab:
         protected: bool,
     ) -> Told:
         self._runs += 1
-        run, memory = self.root / f"run-{self._runs}", self._memory / str(self._runs)
-        memory.mkdir()
+        self._workers.clear()
+        run, memory = self.root / f"run-{self._runs}", self.new_memory()
         overrides = [f"train.run_dir={run}", f"snapshot.folder={memory}", *given]
         if any(text.startswith("checkpoint.local_every") for text in given):
             overrides.append(f"checkpoint.local_dir={self.root / f'local-{self._runs}'}")
-        loaded, limits = prepared(load_job(self._job, overrides))
+        loaded, limits = prepared(load_job(self.job, overrides))
         config = loaded.config
         run.mkdir()
         token, said, began = job_token(run), list[str](), time.monotonic()
@@ -333,11 +344,12 @@ class Lab:
                 config.launch,
                 memories=memories,
                 local_dir=config.checkpoint.local_dir,
-                start_process=self._server.spawn,
+                start_process=self._spawn,
             )
+            stop = Stop(began + RUN_S)
             acts = [strike.do for strike in strikes if isinstance(strike, Act)]
             controller = Controller(
-                Watched(Live(loaded, fleet, memories), acts, between),
+                Watched(Live(loaded, fleet, memories, stop), acts, between),
                 ControlLog(run),
                 limits,
                 patience_of(loaded),
@@ -346,19 +358,32 @@ class Lab:
                 strikes=_strikes(strikes),
                 say=said.append,
             )
-            code = controller.run(Deadline(began + RUN_S))
-            return Told(
-                run, code, "\n".join(said), config.train.steps, self._left(memory), time.monotonic() - began
-            )
+            code = controller.run(stop)
+            seconds = time.monotonic() - began
+            return Told(run, code, "\n".join(said), config.train.steps, self.left(memory), seconds)
         finally:
             if fault:
                 os.environ.pop("WINDLASS_FAULT") if before is None else os.environ.update(WINDLASS_FAULT=before)
             end_all(memory)
 
-    def _left(self, memory: Path) -> list[str]:
-        """Return what a run has left: folders in memory, its snapshot processes, workers."""
-        found = [str(folder.path) for folder in list_jobs(memory)]
-        return found + [f"process {pid}: {words}" for pid, words in processes_of(str(memory)).items()]
+    def _spawn(
+        self, command: WorkerCommand, variables: Mapping[str, str], *, stdout: int | None, stderr: int | None
+    ) -> WorkerProcess:
+        worker = self._server.spawn(command, variables, stdout=stdout, stderr=stderr)
+        self._workers.append(worker)
+        return worker
+
+    def left(self, memory: Path) -> list[str]:
+        """Return what a run has left a moment after its end: folders in memory, its snapshot processes, workers."""
+
+        def left() -> list[str]:
+            found = [str(folder.path) for folder in list_jobs(memory)]
+            found += [f"process {pid}: {words}" for pid, words in processes_of(str(memory)).items()]
+            return found + [f"worker {worker.pid}" for worker in self._workers if worker.poll() is None]
+
+        with contextlib.suppress(AssertionError):  # told by the caller
+            until(lambda: not left(), GONE_S)
+        return left()
 
 
 def _strikes(strikes: Sequence[str | Act]) -> list[Strike]:
@@ -396,9 +421,8 @@ def end_all(memory: Path) -> None:
             pids.send(served.pid, served.started, signal.SIGKILL)
             pids.kill([(served.pid, served.started)], 5.0)
     for pid in processes_of(str(memory)):
-        started = pids.started(pid)
-        if started is not None:
-            pids.send(pid, started, signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
     shutil.rmtree(memory, ignore_errors=True)
 
 

@@ -39,13 +39,40 @@ def do(fault: dict[str, Any], run: Path) -> None:
             sys.exit(9)
 
 
+def meet(run: Path, generation: int, rank: int, world_size: int, step: int) -> bool:
+    """Wait until all ranks have done this step and return whether any was asked to stop, as a collective would.
+
+    Raises:      CommError if one has ended before
+    """
+    tell(run / f"at-{generation}-{step}-{rank}", str(int(stopped.is_set())))
+    flags = 0
+    for peer in range(world_size):
+        there, alive = run / f"at-{generation}-{step}-{peer}", run / f"pid-{generation}-{peer}"
+        while not there.exists():
+            try:
+                os.kill(int(alive.read_text()) if alive.exists() else os.getpid(), 0)
+            except ProcessLookupError:
+                raise CommError(f"rank {peer} is gone") from None
+            time.sleep(0.001)
+        flags += int(there.read_text())
+    return bool(flags)
+
+
+def tell(path: Path, text: str) -> None:
+    draft = path.with_name(f".{path.name}.{os.getpid()}")
+    draft.write_text(text)
+    draft.replace(path)
+
+
 def work(job: dict[str, Any]) -> int:
     env = read_process_env()
     run, generation = Path(job["run"]), int(get("WINDLASS_GENERATION"))
     phases = PhaseLog(run, generation, env.rank)
+    tell(run / f"pid-{generation}-{env.rank}", str(os.getpid()))
     state = run / f"state-{env.rank}"
+    kept = [run / f"state-{rank}" for rank in range(env.world_size)]
+    step = min(int(file.read_text()) if file.exists() else 0 for file in kept)
     limit = ControlLog(run).limit()
-    step = int(state.read_text()) if state.exists() else 0
     step = step if limit is None else min(step, limit)
     phases.mark("imported")
     phases.mark("met")
@@ -54,17 +81,17 @@ def work(job: dict[str, Any]) -> int:
     (run / f"seen-{generation}-{env.rank}").write_text(f"{get('WINDLASS_NODE')} {env.world_size} {get('MARK')}")
     metrics = AppendFile(run / "metrics.jsonl")
     first = step
-    while step < job["steps"] and not stopped.is_set():
+    stop = False
+    while step < job["steps"] and not stop:
         for fault in job["faults"]:
             if (fault["rank"], fault["step"]) == (env.rank, step + 1) and generation in fault["generations"]:
                 do(fault, run)
         stopped.wait(job["step_s"])
         step += 1
-        draft = state.with_name(f".{state.name}.{os.getpid()}")
-        draft.write_text(str(step))
-        draft.replace(state)
+        tell(state, str(step))
         if env.rank == 0:
             metrics.write(json.dumps({"step": step, "step_s": job["step_s"], "time": stamp()}))
+        stop = meet(run, generation, env.rank, env.world_size, step)
         if step == first + 1:
             phases.mark("first_step")
     return 0

@@ -1,6 +1,6 @@
-"""Recovery where torchrun starts the workers: the snapshot process of the node outlives them all.
+"""Recovery where torchrun starts the workers, so that no launcher of ours looks after anything.
 
-Rows of the fault matrix: 1 and 3 (a rank, all ranks killed), 4 (the snapshot process killed), under torchrun.
+Rows of the fault matrix: 1 (a rank killed) and 4 (the snapshot process killed), under torchrun.
 """
 
 from __future__ import annotations
@@ -12,43 +12,37 @@ from pathlib import Path
 
 import pytest
 
-from tests.fault.commands import Runs, Started, runs_in, tokens_in
+from tests.fault.commands import WINDLASS, Commands, commands_of
+from tests.fault.memory_runs import Lab
 from tests.waiting import until
+from windlass.checkpoint.memory.heartbeat import Phase
 
-TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--max-restarts", "2")
-TORCHRUN_WINDLASS = (*TORCHRUN, "-m", "windlass")
-STEPS = 40
-
-
-@pytest.fixture(scope="module")
-def tokens(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tokens_in(tmp_path_factory.mktemp("text"))
-
-
-@pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory, tokens: Path) -> Iterator[Started]:
-    with runs_in(tmp_path_factory.mktemp("undisturbed"), tokens, steps=STEPS) as runs:
-        run = runs.start(runs.given(), "run", program=TORCHRUN_WINDLASS)
-        assert run.wait() == 0, run.output()
-        yield run
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--max-restarts", "2", *WINDLASS)
+STEPS = 60
 
 
 @pytest.fixture
-def runs(tmp_path: Path, tokens: Path) -> Iterator[Runs]:
-    with runs_in(tmp_path, tokens, steps=STEPS) as runs:
-        yield runs
+def commands(lab: Lab, tmp_path: Path) -> Iterator[Commands]:
+    with commands_of(lab, tmp_path) as commands:
+        yield commands
 
 
-def test_under_torchrun_a_killed_rank_goes_on_from_its_own_memory(runs: Runs, undisturbed: Started) -> None:
-    given = runs.given()
-    run = runs.start(given, "run", program=TORCHRUN_WINDLASS)
-    run.until_step(5)
+def test_under_torchrun_a_killed_rank_goes_on_from_memory_and_a_killed_snapshot_process_is_replaced(
+    lab: Lab, commands: Commands
+) -> None:
+    run = commands.start(program=TORCHRUN, steps=STEPS)
+    run.until(5)
     [served] = run.served()
     beat = run.kill(1)
-    assert run.wait() == 0, run.output()
+    killed_at = run.last_step()
+    until(lambda: (now := run.beat(1)) is not None and now.pid != beat.pid and now.phase == Phase.STEP, 60)
+    run.until(killed_at + 5)
+    assert run.served() == [served], "it outlives the workers"
+    os.kill(served.pid, signal.SIGKILL)
+    until(lambda: all(other.alive and other.pid != served.pid for other in run.served()), 20)
+    run.until(run.last_step() + 5)
+    told = commands.told(run)
+    told.check(lab.undisturbed(**{"train.steps": STEPS}))
     [resumed] = run.events("resume")
     assert "ram snapshot of generation 1" in resumed["folder"]
-    assert resumed["step"] >= beat.step - 2, "at most one finished step is lost"
-    assert run.figures() == undisturbed.figures()
-    assert len(run.figures()) == STEPS
-    assert not served.alive and given.left() == []
+    assert killed_at - 1 <= resumed["step"] <= killed_at + 1, "at most one finished step is done again"

@@ -93,7 +93,7 @@ class Job:
     address: str
     steps: int = 20
     step_s: float = 0.1
-    lease_s: float = 6.0
+    lease_s: float = 20.0
     sizes: tuple[int, ...] = ()
     replace_s: float = 0.0
     snapshots: bool = False
@@ -191,6 +191,7 @@ def test_a_killed_controller_disturbs_no_worker_and_loses_no_line(
     assert job.launch("rank=1@step=5", "controller=0@step=12", f"agent={second}@step=20") == 0
     seen = told()
     counts = Counter((line["rank"], line["step"]) for line in seen.steps)
+    print(seen.out, seen.err, [str(r)[:200] for r in ControlLog(job.run).records])
     assert set(counts) == {(rank, step) for rank in (0, 1) for step in range(1, 31)}
     assert max(counts.values()) == 1, "a line came twice"
     assert [record["why"] for record in job.records("decision")] == ["first start", "in place"]

@@ -122,12 +122,7 @@ def test_facts_and_generation_come_with_it_and_any_world_restores_it(tmp_path, t
         assert torch.equal(torch.cat([t.flat[key] for t in targets]), whole.reshape(-1)), key
 
 
-def test_writing_needs_no_torch(tmp_path):
-    nodes = nodes_with(tmp_path, some_state(), tmp_path / "c", num_ranks=2)
-    nodes.hold(4)
-    (tmp_path / "membership").write_text(nodes.membership.dump())
-    folder = nodes.folders["node-0"].path
-    code = f"""
+PROCESS = """
 import sys
 from pathlib import Path
 from windlass.checkpoint.memory.folder import NodeFolder
@@ -135,19 +130,51 @@ from windlass.checkpoint.memory.membership import Membership
 from windlass.checkpoint.memory.segment import Segment
 from windlass.checkpoint.memory.settings import Settings
 from windlass.checkpoint.persist import Persister
-folder = NodeFolder.at({str(folder)!r})
-world = Membership.parse(Path({str(tmp_path / "membership")!r}).read_text())
-one = Persister(folder, "node-0", {JOB!r}, Settings(storage={str(tmp_path / "c")!r}), print)
-slots = {{rank: Segment.open(folder.path / f"data-{{rank}}-1.seg").slots[0] for rank in (0, 1)}}
-temporary = one.begin("storage", 4, 1, world)
-rows = one.prepare("storage", 4, 1, temporary, world, slots, {{}})
-print(one.commit("storage", 4, 1, temporary, {{"node-0": rows}}, world))
+folder, world, target, job, step = sys.argv[1:]
+folder, world, step = NodeFolder.at(folder), Membership.parse(Path(world).read_text()), int(step)
+one = Persister(folder, "node-0", job, Settings(storage=target, keep=2), print)
+slots = {rank: Segment.open(folder.path / f"data-{rank}-1.seg").slots[0] for rank in (0, 1)}
+temporary = one.begin("storage", step, 1, world)
+rows = one.prepare("storage", step, 1, temporary, world, slots, {})
+print(one.commit("storage", step, 1, temporary, {"node-0": rows}, world))
 heavy = [name for name in ("torch", "fsspec", "ray") if name in sys.modules]
 assert not heavy, heavy
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+
+
+def persist_in_a_process(nodes, step, fault=""):
+    """Persist what one node holds in a process that is not the one that filled it, as snapshot processes do."""
+    nodes.hold(step)
+    world = nodes.root / "membership.json"
+    world.write_text(nodes.membership.dump())
+    command = [sys.executable, "-c", PROCESS, nodes.folders["node-0"].path, world, nodes.storage, JOB, str(step)]
+    variables = {**os.environ, "WINDLASS_FAULT": fault}
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, env=variables)
+
+
+def test_writing_needs_no_torch(tmp_path):
+    nodes = nodes_with(tmp_path, some_state(), tmp_path / "c", num_ranks=2)
+    done = persist_in_a_process(nodes, 4)
     assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == str(tmp_path / "c" / "step-00000004")
     assert_holds(done.stdout.strip(), some_state())
+
+
+@pytest.mark.parametrize("point", [*POINTS, "renamed", "purge"])
+def test_a_killed_process_leaves_whole_checkpoints_and_its_successor_goes_on(tmp_path, point):
+    root = tmp_path / "c"
+    nodes = nodes_with(tmp_path, some_state(), root, num_ranks=2, keep=2)
+    for step in (1, 2):
+        nodes.persist(step)
+    killed = persist_in_a_process(nodes, 3, f"kill:persist.{point}")
+    assert killed.returncode == -9, killed.stderr
+    done = point in ("renamed", "purge")
+    assert [step for _, step in steps_at(root)] == ([3, 2, 1] if done else [2, 1])
+    assert_holds(choose(root).folder, some_state())
+    after = persist_in_a_process(nodes, 4)
+    assert after.returncode == 0, after.stderr
+    assert [step for _, step in steps_at(root)] == ([4, 3] if done else [4, 2])
+    assert sorted(name for name in os.listdir(root) if name.startswith(".step")) == []
 
 
 def test_metadata_names_files_beside_it(tmp_path, target):

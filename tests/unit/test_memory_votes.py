@@ -56,6 +56,15 @@ def test_steps_that_some_rank_never_took_are_dropped_together() -> None:
     assert decree.frees(1, 11, State.ENCODED) and not decree.frees(1, 10, State.COMMITTED)
 
 
+def test_nothing_is_dropped_before_every_node_has_been_heard() -> None:
+    ballot = Ballot(1, NODES)
+    ballot.hear(report("a", 1, {9: State.COMMITTED, 10: State.ENCODED}, passed=12))
+    ballot.hear(report("b", 1, {9: State.COMMITTED}, passed=12))  # its slot of step 10 was damaged
+    assert ballot.dropped == NOTHING
+    ballot.hear(report("c", 1, {10: State.COMMITTED}, passed=12))  # which is why it was committed and 9 freed
+    assert (ballot.watermark, ballot.dropped) == (10, NOTHING)
+
+
 def test_a_vote_of_another_generation_or_of_a_stranger_is_refused() -> None:
     ballot = Ballot(1, NODES)
     with pytest.raises(CheckpointError, match="generation 1 expects ranks"):
