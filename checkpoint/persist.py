@@ -294,7 +294,7 @@ class Persister:
         return file_bytes(layout) - sum(f.num_bytes for f in layout.fragments)
 
     def _fault(self, point: str, rank: int, step: int) -> None:
-        fault(f"persist.{point}", rank=rank, step=step)
+        fault(f"persist.{point}", rank=rank, step=step, generation=self.folder.read_generation())
 
     @contextmanager
     def _clearing(self, level: str, temporary: str) -> Iterator[None]:

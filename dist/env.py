@@ -258,20 +258,23 @@ class Fault:
         return Fault(action, names[0] if names else "step", rank, step, generation)
 
 
-def fault(point: str, *, rank: int, step: int | None = None) -> None:
+def fault(point: str, *, rank: int, step: int | None = None, generation: int | None = None) -> None:
     """Do what WINDLASS_FAULT asks for at this door, on this rank and step; nothing when it is not set.
+
+    It may ask for several things, separated by commas. `generation`: the one that is worked for, where this process
+    serves more than one.
 
     Blocks: host, for ever, with the action `hang`
     Raises: WorkerError (`raise`), OSError with the error number of that name (`enospc`, `eio`, `einval`)
     """
-    text = os.environ.get("WINDLASS_FAULT")
-    if not text:
-        return
-    wanted = Fault.parse(text)
-    if wanted.point != point or wanted.rank not in (None, rank) or (wanted.step is not None and wanted.step != step):
-        return
-    if wanted.generation is not None and get("WINDLASS_GENERATION") != str(wanted.generation):
-        return
+    for text in filter(None, get("WINDLASS_FAULT").split(",")):
+        wanted = Fault.parse(text)
+        here = {"rank": rank, "step": step, "generation": generation or int(get("WINDLASS_GENERATION", "0"))}
+        if wanted.point == point and all(getattr(wanted, name) in (None, value) for name, value in here.items()):
+            _strike(wanted, point, rank, step, text)
+
+
+def _strike(wanted: Fault, point: str, rank: int, step: int | None, text: str) -> None:
     if wanted.action == "kill":
         os.kill(os.getpid(), signal.SIGKILL)
     if (code := FAULT_ERRNOS.get(wanted.action)) is not None:

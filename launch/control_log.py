@@ -40,6 +40,7 @@ Kind = Literal[
     "notice",  # something that did not stop training, such as a snapshot process that was replaced
     "rollback",  # training went back to an earlier step on its own
     "skip",  # batches [first, last) are left out from now on
+    "complete",  # the newest state is durable: nobody needs the snapshots any more
     "end",
 ]
 Record = dict[str, Any]
@@ -147,13 +148,20 @@ class ControlLog:
         Raises:      WorkerError if another process has begun a newer generation since ours: we are fenced off
         """
         with self._locked() as fd:
-            self.refresh()
-            if self._mine and self.generation > self._mine:
-                raise WorkerError(
-                    f"generation {self._mine} is over: another process began generation {self.generation} of this run "
-                    f"('{self.path}'). This one ends"
-                )
+            self.check_owner()
             return self._write(fd, {"kind": kind, "time": time.time(), "generation": self.generation, **facts})
+
+    def check_owner(self) -> None:
+        """Read what others appended.
+
+        Raises:      WorkerError if another process has begun a newer generation since ours: we are fenced off
+        """
+        self.refresh()
+        if self._mine and self.generation > self._mine:
+            raise WorkerError(
+                f"generation {self._mine} is over: another process began generation {self.generation} of this run "
+                f"('{self.path}'). This one ends"
+            )
 
     def bump(self, *, at_least: int = 1, by: str = "") -> int:
         """Begin a new generation durably and return its number. Call before anything else of a recovery."""

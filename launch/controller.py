@@ -212,6 +212,7 @@ class Controller:
         now = time.monotonic()
         if now - self._looked >= LOOK_S:
             self._looked = now
+            self._log.check_owner()
             for news in self._fleet.tend():
                 self._log.append("notice", message=news)
                 self._say(f"windlass: {news}")
@@ -343,6 +344,8 @@ class Controller:
             return 0
         if not exits:
             self._say("windlass: stopped on request while no worker was running")
+            if not any(record["kind"] == "start" for record in self._log.since_launch()):
+                return 0  # nothing has been done
         return conclude(exits, stop) or 128 + signal.SIGTERM
 
     def _give_up(self, decision: Stop, exits: list[Exit]) -> int:
@@ -354,13 +357,18 @@ class Controller:
 
     def _end(self, code: int) -> None:
         try:
-            self._fleet.release(code == 0)
+            self._fleet.release(code == 0 and self._complete())
         finally:
             try:
                 self._log.append("end", code=code)
                 self._write_history()
             except WindlassError as error:  # the run is over; its log must not hide what it came to
                 self._say(f"windlass: {error}")
+
+    def _complete(self) -> bool:
+        """Whether the workers have said that the newest state is durable, or there is nothing to say."""
+        self._log.refresh()
+        return any(r["kind"] == "complete" and r["generation"] == self._generation for r in self._log.records)
 
     def _write_history(self) -> None:
         try:

@@ -167,7 +167,7 @@ def goodput(run: Path) -> float | None:
         entries = read_metrics(RunFolder(run).metrics)
     except DataError:
         return None
-    useful = sum(entry["step_s"] for entry in entries if "event" not in entry and not entry.get("skipped"))
+    useful = sum(entry.get("step_s", 0.0) for entry in entries if "event" not in entry and not entry.get("skipped"))
     times = [datetime.fromisoformat(entry["time"]).timestamp() for entry in entries if "time" in entry]
     wall = max(times) - min(times) if times else 0.0
     return min(useful / wall, 1.0) if wall > 0 else None

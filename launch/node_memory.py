@@ -26,7 +26,6 @@ from windlass.launch.failure import Failure
 BEGIN_S = 20.0  # a snapshot process is a small interpreter; many may start at once
 LOOK_S = 0.1
 KILL_S = 5.0
-ANSWER_S = 2.0
 
 
 def trainers_of(folder: NodeFolder) -> list[str]:
@@ -153,18 +152,14 @@ class NodeMemory:
             return None
 
     def release(self, ok: bool) -> None:
-        """End the snapshot process and remove its memory if the job is complete; else both stay for their lease.
+        """End the snapshot process and remove its memory if nobody needs it any more: `ok`, or there is nothing in it.
 
-        They stay, too, where a complete job could not make its last step durable.
+        Else both stay for their lease.
         """
         self.leave()
-        if not ok or self.folder.kept:
+        if not ok and self.folder.segments():
             return
-        try:
-            with SnapshotClient.of(self.folder, timeout_s=ANSWER_S) as client:
-                client.stop(remove=True)
-        except CheckpointError:
-            stop_process(self.folder)
+        stop_process(self.folder)
         self.folder.remove()
 
     def kill(self) -> int:

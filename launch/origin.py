@@ -47,6 +47,13 @@ class Start:
     left: Mapping[int, int] = field(default_factory=dict)
 
 
+def is_restart(config: JobConfig, env: ProcessEnv) -> bool:
+    """Tell whether the launcher has started this job before in the same launch."""
+    if env.generation:
+        return ControlLog(Path(config.train.run_dir)).restarted()
+    return int(get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+
+
 def begin_generation(config: JobConfig, env: ProcessEnv, world: Peers) -> Start:
     """Return which start this is; without a controller that counts them, rank 0 does where snapshots need it.
 
@@ -61,9 +68,8 @@ def begin_generation(config: JobConfig, env: ProcessEnv, world: Peers) -> Start:
         generation = env.generation
         if not generation and counted:
             generation = log.bump(by=env.launcher)
-        restarted = log.restarted() if env.generation else int(get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
         left = [[g, step] for g, step in log.left().items()]
-        return [generation, restarted, [list(skip) for skip in log.skips()], log.limit(), left]
+        return [generation, is_restart(config, env), [list(skip) for skip in log.skips()], log.limit(), left]
 
     generation, restarted, skips, at_most, left = on_all_ranks(world, read).check()[0]
     return Start(generation, restarted, tuple((first, stop) for first, stop in skips), at_most, dict(left))

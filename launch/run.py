@@ -22,7 +22,7 @@ from windlass.data.loader import Loader
 from windlass.dist.comm import Comm, Group
 from windlass.dist.device import Device, pick_device
 from windlass.dist.env import ProcessEnv, read_process_env
-from windlass.dist.errors import PlanError, SpikeError
+from windlass.dist.errors import CommError, PlanError, SpikeError
 from windlass.dist.mesh import plan_mesh
 from windlass.dist.trace import Tracer
 from windlass.launch.check_recovery import needs_process
@@ -32,7 +32,7 @@ from windlass.launch.events import Ended, EventStream, Resumed, Started
 from windlass.launch.inputs import Inputs, Validation, open_inputs
 from windlass.launch.job import JobConfig
 from windlass.launch.metrics import build_sinks
-from windlass.launch.origin import Origin, Start, begin_generation, find_origin, note_recovered
+from windlass.launch.origin import Origin, Start, begin_generation, find_origin, is_restart, note_recovered
 from windlass.launch.plan import Plan, make_plan
 from windlass.launch.profiler import StepProfiler
 from windlass.launch.resume import Progress, check_order, checkpoint_extra, versions
@@ -209,22 +209,27 @@ def run_worker(config: JobConfig, env: ProcessEnv | None = None) -> int:
     Collective: every rank of the job, once
     Raises: WindlassError for whatever stops the run
     """
-    with StopSignals(announce=False, at_once=_leave):
-        run = build_run(config, env if env is not None else read_process_env())
-    with run:
-        trainer = Trainer(run)
-        try:
-            trainer.train()
-        except SpikeError:
-            if run.rank == 0 and trainer.roll_back is not None:
-                note_spike(trainer.roll_back, config)
-            raise
+    env = env if env is not None else read_process_env()
+
+    def leave(signum: int) -> None:
+        """End this process, asked to stop before it has trained, unless memory holds what it should save first."""
+        if not (needs_process(config.snapshot.every, config.checkpoint.mode) and is_restart(config, env)):
+            os._exit(0 if signum == signal.SIGTERM else 128 + signum)
+
+    with StopSignals(announce=False, at_once=leave) as signals:
+        run = build_run(config, env)
+        with run:
+            trainer = Trainer(run, signals)
+            try:
+                trainer.train()
+            except SpikeError:
+                if run.rank == 0 and trainer.roll_back is not None:
+                    note_spike(trainer.roll_back, config)
+                raise
+            except CommError:
+                if signals.requested != signal.SIGTERM or trainer.has_news:
+                    raise  # else the others left a moment earlier, and nothing is lost
     return 0
-
-
-def _leave(signum: int) -> None:
-    """End a process that was asked to stop before it has trained: it has nothing that could be lost."""
-    os._exit(0 if signum == signal.SIGTERM else 128 + signum)
 
 
 def build_run(config: JobConfig, env: ProcessEnv) -> Run:

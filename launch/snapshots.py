@@ -31,7 +31,7 @@ from windlass.dist.env import ProcessEnv
 from windlass.dist.errors import CheckpointError, WorkerError
 from windlass.dist.rendezvous import own_address
 from windlass.dist.trace import Tracer
-from windlass.launch.control_log import job_of, job_token
+from windlass.launch.control_log import ControlLog, job_of, job_token
 from windlass.launch.node_memory import forget_another_run
 
 if TYPE_CHECKING:
@@ -297,16 +297,15 @@ class Snapshots:
         place, num_bytes = outcome.values[0]
         return SaveReport(True, step, Path(place), num_bytes, seconds, {"persist": seconds})
 
-    def finish(self, *, saved: bool) -> None:
-        """Let the memory of this node go when training has ended; unless the last step is nowhere else.
+    def finish(self) -> None:
+        """Say that nobody needs the snapshots any more, and remove those of this node unless a launcher of ours does.
 
         Blocks:      host, milliseconds
+        Raises:      CheckpointError if it cannot be said: then they stay for their lease
         """
-        if not self.speaks:
-            return
-        if not saved:
-            self.folder.keep()
-        elif self._alone:
+        if self._world.rank == 0:
+            ControlLog(Path(self._config.train.run_dir)).append("complete", step=self._final)
+        if self._alone and self.speaks:
             self._watch.stop()
             try:
                 self.client.stop(remove=True)

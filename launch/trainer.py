@@ -9,12 +9,13 @@ from __future__ import annotations
 import math
 import signal
 import time
+from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
 import torch
 
 from windlass.dist.env import fault
-from windlass.dist.errors import NumericsError, SpikeError
+from windlass.dist.errors import CheckpointError, NumericsError, SpikeError
 from windlass.launch.events import Ended, Evaluated, Profiled, Saved, Stepped
 from windlass.launch.profiler import Window
 from windlass.launch.signals import StopSignals
@@ -27,13 +28,14 @@ if TYPE_CHECKING:
 
 
 class Trainer:
-    """Drives one run from the step it is at to its last one.
+    """Drives one run from the step it is at to its last one. `signals`: they are being handled already.
 
     Collective:  every rank of the run calls `train` once
     """
 
-    def __init__(self, run: Run) -> None:
+    def __init__(self, run: Run, signals: StopSignals | None = None) -> None:
         self.run = run
+        self._signals = signals
         self.step = run.progress.step
         self.tokens = run.progress.tokens
         self.productive_s = 0.0
@@ -44,6 +46,11 @@ class Trainer:
         self._saved_at = self.step if run.progress.folder and not elsewhere else -1
         self._comm_bytes = run.comm_bytes()
 
+    @property
+    def has_news(self) -> bool:
+        """Whether there is state that is in no checkpoint yet."""
+        return self._saved_at != self.step and self.step > 0
+
     def train(self) -> Ended:
         """Train and return what came of it; the same event is emitted as the last one.
 
@@ -51,8 +58,9 @@ class Trainer:
         """
         run = self.run
         try:
-            flush = None if run.snapshots is None else run.snapshots.flush
-            with StopSignals(announce=run.rank == 0, at_once=flush) as signals:
+            with StopSignals() if self._signals is None else nullcontext(self._signals) as signals:
+                signals.announce = run.rank == 0
+                signals.at_once = None if run.snapshots is None else run.snapshots.flush
                 reason = self._loop(signals)
             ended = run.ended(self.step, reason, ok=True, tokens=self.tokens, productive_s=self.productive_s)
         except BaseException as error:
@@ -64,8 +72,7 @@ class Trainer:
             )
             raise
         run.events.emit(ended)
-        if run.snapshots is not None:
-            run.snapshots.finish(saved=self._saved_at == self.step or not run.config.checkpoint.at_end)
+        self._let_snapshots_go(reason)
         if run.offload is not None:  # whoever goes on from here goes on from the checkpoint
             run.offload.finished = self._saved_at == self.step
         return ended
@@ -209,6 +216,17 @@ class Trainer:
     def _beat(self, phase: str, step: int) -> None:
         if self.run.snapshots is not None:
             self.run.snapshots.beat(phase, step)
+
+    def _let_snapshots_go(self, reason: str) -> None:
+        """Give snapshots up, unless they hold what is nowhere else and somebody may go on from."""
+        run = self.run
+        done = reason == "done" and not run.config.checkpoint.at_end
+        if run.snapshots is None or not (done or self._saved_at == self.step):
+            return
+        try:
+            run.snapshots.finish()
+        except CheckpointError as error:
+            run.events.warn(self.step, f"snapshots stay in memory for snapshot.lease_s: {error}")
 
     def _evaluate(self) -> None:
         run = self.run

@@ -185,7 +185,7 @@ def forget_memory() -> None:
 def failing_at(monkeypatch: pytest.MonkeyPatch, wanted: str, error: BaseException, rank: int = 0) -> None:
     """Raise at a fault point of persisting, on one rank."""
 
-    def fault(point: str, *, rank: int, step: int) -> None:
+    def fault(point: str, *, rank: int, step: int, generation: int) -> None:
         if point == f"persist.{wanted}" and rank == of:
             raise error
 

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
-from protocol_parts import (
+from tests.protocol_parts import (
     CHUNK_BYTES,
     NUM_BYTES,
     Key,
@@ -33,7 +33,7 @@ from protocol_parts import (
     Violation,
     pick_parity,
 )
-from protocol_truth import Truth
+from tests.protocol_truth import Truth
 
 from windlass.checkpoint.memory.groups import plan_groups
 from windlass.checkpoint.memory.header import State
@@ -92,25 +92,21 @@ class World:
         return [(run, t) for run in self.runs for t in run.trainers if t.acts]
 
     def do_join(self, a: int, b: int) -> bool:
-        """A started worker writes its heartbeat and looks whether its generation is over: two instants."""
-        found = [(run, t) for run, t in self._acting() if not (t.looked and t.registered)]
+        """A started worker writes its heartbeat, by which a fence finds it, and then looks whether its generation is over: two instants."""
+        found = [(run, t) for run, t in self._acting() if not t.looked]
         if not found:
             return False
         run, trainer = found[a % len(found)]
-        if trainer.registered is not self.rules.register_first and trainer.looked is self.rules.register_first:
-            trainer.registered = True  # pragma: no cover - both ways end here
-        if self.rules.register_first and not trainer.registered:
+        if not trainer.registered:
             trainer.registered = True
-        elif not trainer.looked:
+        else:
             trainer.alive = self.nodes[trainer.node].generation <= run.generation
             trainer.looked = True
-        else:
-            trainer.registered = True
         return True
 
     def do_load(self, a: int, b: int) -> bool:
         """Restore: all choose the same step; each loads it; when all have, nodes begin anew; each takes the base."""
-        found = [r for r in self.runs if not r.training and all(t.alive and t.registered and t.looked for t in r.trainers)]
+        found = [r for r in self.runs if not r.training and all(t.alive and t.looked for t in r.trainers)]
         if not found:
             return False
         run = found[a % len(found)]
@@ -185,7 +181,7 @@ class World:
 
     def _seed(self, run: Run, trainer: Trainer) -> bool:
         segment = self._segment(run, trainer)
-        if run.base is None or not self.rules.seeds:
+        if run.base is None:
             trainer.seeded = True
             return True
         slot = self.rules.pick(segment, run.generation)

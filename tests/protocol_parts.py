@@ -224,8 +224,6 @@ class Rules:
     jointly: bool = True  # all ranks take a snapshot or none
     fence_kills: bool = True  # and waits until they are dead
     fenced: bool = True  # requests of older generations are refused
-    register_first: bool = True  # a worker writes its heartbeat before it looks at the generation
-    seeds: bool = True  # the restored step is protected anew before anything older goes
 
 
 @dataclass(frozen=True)

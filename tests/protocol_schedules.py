@@ -13,10 +13,10 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from protocol_model import DISASTER, PROGRESS, TROUBLE, World
-from protocol_parts import Rules, Shape, Violation
+from tests.protocol_model import DISASTER, PROGRESS, TROUBLE, World
+from tests.protocol_parts import Rules, Shape, Violation
 
 Act = tuple[str, int, int]
 PACE = dict.fromkeys(PROGRESS, 10.0) | {"deliver": 20.0, "report": 20.0, "persist": 2.0, "abort": 0.3}

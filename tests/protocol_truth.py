@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from itertools import combinations
 
-from protocol_parts import Key, Node, Shape, Violation
+from tests.protocol_parts import Key, Node, Shape, Violation
 
 from windlass.checkpoint.memory.groups import num_parity
 from windlass.checkpoint.memory.header import State
@@ -26,7 +26,8 @@ class Truth:
         self.history: dict[Key, tuple[Key | None, int]] = {}  # update -> the one before it, its sample
         self.protected: Key | None = None
         self.gone: set[int] = set()  # ranks of `protected` of which a fault took something since the commit
-        self.spoils: list[tuple[Key, int]] = []
+        self.spoils: list[tuple[Key, int]] = []  # damaged copies: snapshot and rank
+        self.losses: list[tuple[str, int]] = []  # nodes that went, and how many generations there were by then
         self.floor: Key | None = None  # what may not be lost: `protected`, or what a later generation keeps of it
         self.num_commits = 0
 
@@ -90,14 +91,11 @@ class Truth:
             return
         before, self.protected, self.floor = self.protected or key, key, key
         self.num_commits += 1
-        there = self.copies().get(key, {})
-        self.gone = {
-            rank
-            for group in self.worlds[key[0]].groups
-            for rank in group
-            if not there.get(("data", rank)) or (self.k(group) and not there.get(("parity", rank)))
-        }
-        # A damaged copy of the commit before counts too: a recovery may have to choose which of the two it keeps.
+        # Who was hit while that generation ran. Whoever lacks the step for another reason is no excuse for its loss. A
+        # damaged copy of the commit before counts too: a recovery may have to choose which of the two it keeps.
+        world = self.worlds[key[0]]
+        nodes = {name for name, generation in self.losses if generation >= key[0]}
+        self.gone = {m.rank for m in world.members if m.node in nodes or not self.nodes[m.node].there}
         self.gone |= {rank for spoiled, rank in self.spoils if spoiled >= before}
         self.check("committed")
 
@@ -110,6 +108,7 @@ class Truth:
 
     def lost(self, node: Node) -> None:
         """Take note of a fault that took all copies on a node, or the way to them."""
+        self.losses.append((node.name, max(self.worlds, default=0)))
         if self.protected is not None:
             self.gone |= {m.rank for m in self.worlds[self.protected[0]].members if m.node == node.name}
 

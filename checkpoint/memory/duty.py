@@ -91,6 +91,7 @@ class Duty:
     # -- protecting --------------------------------------------------------------------------------------------------
 
     def _protect(self) -> None:
+        self._guarded("taking memory for parity", self.protector.make_room)
         while not self._stopped.is_set():
             self.filled.wait(PROTECT_S * 10)
             self.filled.clear()
@@ -134,7 +135,7 @@ class Duty:
     def _vote(self) -> bool:
         report = self.report()
         for rank, steps in report.held.items():
-            fault("smp.vote", rank=rank, step=max(steps, default=NOTHING))
+            fault("smp.vote", rank=rank, step=max(steps, default=NOTHING), generation=self.term.generation)
         if self.term.ballot is not None:
             self.term.hear(report)
             return True
@@ -171,11 +172,11 @@ class Duty:
             return
         if decree.watermark > self._obeyed:
             for rank in self.term.ranks:
-                fault("smp.commit", rank=rank, step=decree.watermark)
+                fault("smp.commit", rank=rank, step=decree.watermark, generation=self.term.generation)
         marked, freed = self.slots.obey(decree)
         if freed:
             for rank in self.term.ranks:
-                fault("smp.freed", rank=rank, step=decree.watermark)
+                fault("smp.freed", rank=rank, step=decree.watermark, generation=self.term.generation)
         self._obeyed = max(self._obeyed, decree.watermark)
         if marked or freed:
             self.stirred.set()
@@ -184,7 +185,12 @@ class Duty:
                 self._log(f"{name} is not needed any more")
             for generation in self.folder.memberships():
                 if generation < self.term.generation:
-                    self.folder.membership_path(generation).unlink(missing_ok=True)
+                    for name in (
+                        f"membership-{generation}.json",
+                        f"base-{generation}.json",
+                        f"saved-{generation}.json",
+                    ):
+                        (self.folder.path / name).unlink(missing_ok=True)
             self._discarded = True
 
     # -- watching ----------------------------------------------------------------------------------------------------

@@ -191,19 +191,6 @@ class NodeFolder:
         finally:
             os.close(fd)
 
-    def keep(self) -> None:
-        """Say that the newest state of this generation is here and nowhere else, so that whoever cleans up spares it."""
-        self.replace(self._kept, b"")
-
-    @property
-    def kept(self) -> bool:
-        """Whether the newest generation has said so."""
-        return self._kept.exists()
-
-    @property
-    def _kept(self) -> Path:
-        return self.path / f"kept-{self.read_generation()}"
-
     def membership_path(self, generation: int) -> Path:
         return self.path / f"membership-{generation}.json"
 

@@ -10,9 +10,10 @@ import time
 from collections.abc import Callable
 
 from windlass.checkpoint.memory.encode import encode_slot, seal_slot
-from windlass.checkpoint.memory.folder import NodeFolder
+from windlass.checkpoint.memory.folder import NodeFolder, SegmentFile
 from windlass.checkpoint.memory.header import SlotHeader, State
 from windlass.checkpoint.memory.layout import Layout
+from windlass.checkpoint.memory.membership import Membership
 from windlass.checkpoint.memory.pace import Pace
 from windlass.checkpoint.memory.peers import Peers
 from windlass.checkpoint.memory.segment import Segment, Slot, num_chunks, segment_bytes
@@ -23,6 +24,28 @@ from windlass.dist.env import fault
 from windlass.dist.errors import CheckpointError
 
 ATTEMPTS = 3  # with all peers there: then the step is given up
+
+
+def parity_files(folder: NodeFolder, slots: NodeSlots, membership: Membership) -> dict[int, SegmentFile]:
+    """Return the segments that a snapshot process itself fills with parity, by rank of its node."""
+    files = {}
+    for member in membership.by_node.get(folder.node, ()):
+        stripes, data = membership.stripes_of(member.rank), slots.current(DATA, member.rank)
+        if stripes is not None and data is not None and not membership.local_parity:
+            words = sum(num_chunks(size, stripes.chunk_bytes) for size in (stripes.parity_bytes, *stripes.sizes))
+            sizes = (stripes.parity_bytes, data.num_slots, words)
+            path = folder.segment_path(PARITY, member.rank, *sizes)
+            files[member.rank] = SegmentFile(path, PARITY, member.rank, *sizes)
+    return files
+
+
+def check_room(folder: NodeFolder, slots: NodeSlots, membership: Membership) -> None:
+    """Raise CheckpointError unless there is memory for the parity that this node is going to hold."""
+    files = parity_files(folder, slots, membership).values()
+    missing = [file for file in files if not file.path.exists()]
+    needed = sum(segment_bytes(file.slot_bytes, file.num_slots, file.table_chunks) for file in missing)
+    if missing:
+        folder.check_room(needed, f"parity of ranks {[file.rank for file in missing]}")
 
 
 class Protector:
@@ -46,7 +69,8 @@ class Protector:
         todo = [
             step
             for step in common
-            if step > max(decree.watermark, decree.dropped)
+            if step > decree.watermark
+            and step not in decree.dropped
             and all(State.FILLED <= steps[step] <= State.ENCODED for steps in states.values())
             and any(steps[step] == State.FILLED for steps in states.values())
         ]
@@ -59,9 +83,9 @@ class Protector:
         """
         try:
             for rank in self.term.ranks:
-                fault("smp.encode", rank=rank, step=step)
+                fault("smp.encode", rank=rank, step=step, generation=self.term.generation)
                 self._protect_rank(rank, step)
-                fault("smp.encoded", rank=rank, step=step)
+                fault("smp.encoded", rank=rank, step=step, generation=self.term.generation)
         except CheckpointError as error:
             self.problem = str(error)
             self._failed(step, self.problem)
@@ -102,7 +126,7 @@ class Protector:
             if done[1].state >= State.ENCODED:
                 return
             done[0].free(done[1])  # the work of a process that was killed
-        slot = self._free_slot(stripes, rank, headers)
+        slot = self._free_slot(rank)
 
         def fetch(member: int, role: str, offset: int, into: memoryview) -> None:
             self._read(member, step, offset, into)
@@ -123,21 +147,29 @@ class Protector:
         if found[1].state < State.ENCODED:
             seal_slot(found[0], stripes, rank, headers)
 
-    def _free_slot(self, stripes: Stripes, rank: int, headers: dict[int, SlotHeader]) -> Slot:
+    def make_room(self) -> None:
+        """Take the memory for parity before the first snapshot needs it: the system clears new pages slowly.
+
+        Blocks: host
+        Raises: CheckpointError if it cannot be had
+        """
+        for rank in parity_files(self.folder, self.slots, self.term.membership):
+            self._segment(rank)
+
+    def _segment(self, rank: int) -> Segment:
+        file = parity_files(self.folder, self.slots, self.term.membership)[rank]
+        found = next((s.segment for s in self.slots.shelves() if s.segment.path == file.path), None)
+        if found is not None:
+            return found
+        chunk_bytes = self.term.membership.chunk_bytes
+        sizes = (file.slot_bytes, file.num_slots, chunk_bytes, file.table_chunks)
+        Segment.ensure(file.path, PARITY, rank, *sizes).close()
+        self.slots.refresh()
+        return next(s.segment for s in self.slots.shelves() if s.segment.path == file.path)
+
+    def _free_slot(self, rank: int) -> Slot:
         self.slots.free_orphans(self.term.generation)
-        data = self.slots.current(DATA, rank)
-        assert data is not None
-        sizes = (stripes.parity_bytes, *stripes.sizes)
-        words = sum(num_chunks(size, stripes.chunk_bytes) for size in sizes)
-        path = self.folder.segment_path(PARITY, rank, stripes.parity_bytes, data.num_slots, words)
-        segment = next((s.segment for s in self.slots.shelves() if s.segment.path == path), None)
-        if segment is None:
-            chunk, num_slots = stripes.chunk_bytes, data.num_slots
-            if not path.exists():
-                self.folder.check_room(segment_bytes(stripes.parity_bytes, num_slots, words), f"parity of rank {rank}")
-            Segment.ensure(path, PARITY, rank, stripes.parity_bytes, num_slots, chunk, words).close()
-            self.slots.refresh()
-            segment = next(s.segment for s in self.slots.shelves() if s.segment.path == path)
+        segment = self._segment(rank)
         for slot in segment.slots:
             header = self.slots.header(slot)
             if header is None or header.state <= State.FILLING:  # torn: nobody but this thread fills parity here

@@ -18,7 +18,7 @@ from windlass.checkpoint.memory.writing import LOCAL, STORAGE
 from windlass.dist.errors import CheckpointError
 
 if TYPE_CHECKING:
-    from windlass.checkpoint.memory.process import SnapshotProcess
+    from windlass.checkpoint.memory.service import Service
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class Status:
             raise CheckpointError(f"a status is malformed: {error}") from error
 
 
-def status_of(process: SnapshotProcess) -> dict[str, Any]:
+def status_of(process: Service) -> dict[str, Any]:
     """Return the status of a process as JSON."""
     generation = process.folder.read_generation()
     held = list(process.slots.held())

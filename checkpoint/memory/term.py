@@ -59,7 +59,7 @@ class Term:
         assert self.ballot is not None
         with self.changed:
             sent = max(time.monotonic_ns(), self._decree.sent + 1)
-            marks = {"watermark": self.ballot.watermark, "dropped": self.ballot.dropped}
+            marks = {"watermark": self.ballot.watermark, "dropped": tuple(sorted(self.ballot.dropped))}
             self._decree = replace(self._decree, sent=sent, **marks, **changes)  # type: ignore[arg-type]
             self.changed.notify_all()
 

@@ -22,7 +22,7 @@ from windlass.checkpoint.memory.votes import NOTHING, Decree, Report
 from windlass.dist.errors import CheckpointError
 
 if TYPE_CHECKING:
-    from windlass.checkpoint.memory.process import SnapshotProcess
+    from windlass.checkpoint.memory.service import Service
 
 Fields = dict[str, Any]
 Answer = tuple[Fields, Any]
@@ -35,7 +35,7 @@ LOOK_S = 0.002
 class Verbs:
     """The handlers of one snapshot process."""
 
-    def __init__(self, process: SnapshotProcess) -> None:
+    def __init__(self, process: Service) -> None:
         self.process = process
         self.folder, self.slots = process.folder, process.slots
         self._by_name: dict[str, Callable[[Fields, memoryview], Answer]] = {

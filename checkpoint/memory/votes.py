@@ -62,14 +62,14 @@ class Report:
 
 @dataclass(frozen=True)
 class Decree:
-    """What the leader has decided: everything up to `watermark` is committed or superseded, everything else up to
-    `dropped` can never be, and slots of the steps in `pins` stay whatever else holds. For status: the newest step of
+    """What the leader has decided: everything up to `watermark` is committed or superseded, the later steps in
+    `dropped` never will be, and slots of the steps in `pins` stay whatever else holds. For status: the newest step of
     each level that outlives memory, persists left out, and the last problem."""
 
     generation: int
     sent: int = 0
     watermark: int = NOTHING
-    dropped: int = NOTHING
+    dropped: tuple[int, ...] = ()
     pins: tuple[int, ...] = ()
     saved: Mapping[str, int] = field(default_factory=dict)
     skipped: int = 0
@@ -77,7 +77,7 @@ class Decree:
 
     def dump(self) -> dict[str, Any]:
         """Write the decree as JSON."""
-        return {**vars(self), "pins": list(self.pins), "saved": dict(self.saved)}
+        return {**vars(self), "dropped": list(self.dropped), "pins": list(self.pins), "saved": dict(self.saved)}
 
     @staticmethod
     def parse(fields: Mapping[str, Any]) -> Decree:
@@ -90,7 +90,7 @@ class Decree:
                 int(fields["generation"]),
                 int(fields["sent"]),
                 int(fields["watermark"]),
-                int(fields["dropped"]),
+                tuple(int(step) for step in fields["dropped"]),
                 tuple(int(step) for step in fields["pins"]),
                 {str(level): int(step) for level, step in fields["saved"].items()},
                 int(fields["skipped"]),
@@ -100,13 +100,14 @@ class Decree:
             raise CheckpointError(f"a decree is malformed: {type(error).__name__}: {error}") from error
 
     def after(self, other: Decree) -> Decree:
-        """Merge two decrees of one generation in whatever order they came: the marks grow, pins are the latest's.
+        """Merge two decrees of one generation in whatever order they came: decisions stay, pins are the latest's.
 
         A leader that has just started anew may know less than its forerunner said.
         """
         newer = self if self.sent >= other.sent else other
-        watermark, dropped = max(self.watermark, other.watermark), max(self.dropped, other.dropped)
-        return replace(newer, watermark=watermark, dropped=dropped)
+        watermark = max(self.watermark, other.watermark)
+        dropped = sorted(step for step in {*self.dropped, *other.dropped} if step > watermark)
+        return replace(newer, watermark=watermark, dropped=tuple(dropped))
 
     def frees(self, generation: int, step: int, state: int) -> bool:
         """Whether a node that has heard this decree may free a slot.
@@ -117,9 +118,7 @@ class Decree:
             return False
         if generation < self.generation:
             return self.watermark > NOTHING
-        if step < self.watermark:
-            return True
-        return self.watermark < step <= self.dropped and state < State.COMMITTED
+        return step < self.watermark or (step in self.dropped and state < State.COMMITTED)
 
 
 class Ballot:
@@ -130,7 +129,7 @@ class Ballot:
         self.ranks = {node: tuple(ranks) for node, ranks in nodes.items()}
         self.reports: dict[str, Report] = {}
         self.watermark = NOTHING
-        self.dropped = NOTHING
+        self.dropped: set[int] = set()
         self.num_dropped = 0
 
     def hear(self, report: Report) -> bool:
@@ -174,16 +173,15 @@ class Ballot:
         # A slot that is already committed proves a commit that an earlier leader process made.
         proven = [step for steps in held.values() for step, state in steps.items() if state >= State.COMMITTED]
         watermark = max([self.watermark, self.newest(State.ENCODED), *proven])
-        undecided = {step for steps in held.values() for step in steps if step > max(watermark, self.dropped)}
-        # All or nothing: were dead steps freed one by one, ranks would find free slots at different steps and go on
-        # taking snapshots of different steps for ever. And only once all nodes have been heard: one that has not may
-        # know of a commit, after which others have freed what is older.
+        # Only once all nodes have been heard: one that has not may know of a commit, after which others have freed what
+        # is older.
         heard = len(self.reports) == len(self.ranks)
-        dead = heard and undecided and all(self._is_dead(step, held) for step in undecided)
-        dropped = max(undecided) if dead else self.dropped
+        undecided = {step for steps in held.values() for step in steps if step > watermark}
+        dead = {step for step in undecided if heard and self._is_dead(step, held)}
+        dropped = {step for step in self.dropped if step > watermark} | dead
         if (watermark, dropped) == (self.watermark, self.dropped):
             return False
-        self.num_dropped += len(undecided) if dead else 0
+        self.num_dropped += len(dead - self.dropped)
         self.watermark, self.dropped = watermark, dropped
         return True
 

@@ -156,10 +156,24 @@ class Agents:
         return None
 
     def release(self, ok: bool) -> None:
-        """End the agents, and what is left of the job on their nodes."""
-        calls = [agent.handle.release.remote(ok) for name, agent in self._agents.items() if self._places[name].usable]
-        if calls:
-            ray.wait(calls, num_returns=len(calls), timeout=FENCE_S)
+        """End the agents, and what is left of the job on their nodes. One that died gets a successor for it.
+
+        Blocks:      host, at most FENCE_S
+        """
+        until = time.monotonic() + FENCE_S
+        todo = [self._places[name] for name in self._agents if self._places[name].usable]
+        for _ in range(2):
+            calls = [(place, self._on(place).handle.release.remote(ok)) for place in todo]
+            todo = []
+            for place, call in calls:
+                try:
+                    ray.get(call, timeout=max(until - time.monotonic(), 0.0))
+                except RayActorError:
+                    del self._agents[place.name]
+                    if place.answers():
+                        todo.append(place)
+                except (RayError, GetTimeoutError):
+                    continue  # what is left there ends with its lease
         for agent in self._agents.values():
             ray.kill(agent.handle)
         self._agents.clear()

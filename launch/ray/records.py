@@ -77,3 +77,9 @@ def end(processes: list[Recorded], timeout_s: float) -> list[int]:
         if r.pid not in left:
             r.path.unlink(missing_ok=True)
     return left
+
+
+def abandon(folder: NodeFolder) -> None:
+    """Remove the folder of a node that nobody looks after any more, unless a snapshot process or somebody else does."""
+    if folder.read_smp() is None and not any(r.alive and r.pid != os.getpid() for r in recorded(folder)):
+        folder.remove()

@@ -114,8 +114,14 @@ class WorkerActor:
     def _watch(self, lease_s: float) -> None:
         while time.monotonic() - self._heard < lease_s:
             time.sleep(min(1.0, lease_s / 4))
-        shutil.rmtree(self._folder, ignore_errors=True)
-        os._exit(0)  # its worker dies with it; Ray does not start this actor again
+        try:
+            with self._using:
+                self._end()
+            if self._node is not None:
+                records.abandon(self._node)
+        finally:
+            shutil.rmtree(self._folder, ignore_errors=True)
+            os._exit(0)  # Ray does not start this actor again
 
     def beat(self) -> Job:
         """Say that somebody still needs this actor; return what it runs."""

@@ -12,6 +12,7 @@ What goes wrong is said in one of four ways:
     between={2: function}                                    when generation 1 is over, before 2 is fenced off
 
 `hold(step)` is a fault that stops rank 0 before the step after it, so that strikes meet a run that stands still there.
+The workers of such runs are those of tests/fault/paced.py.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ import signal
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -40,12 +41,12 @@ from windlass.checkpoint.memory.status import Status
 from windlass.checkpoint.reader import CheckpointReader
 from windlass.checkpoint.store import find_checkpoint
 from windlass.data.prepare import prepare
+from windlass.dist.errors import CheckpointError
 from windlass.launch.config import load_job
 from windlass.launch.control_log import ControlLog, job_of, job_token
 from windlass.launch.controller import Controller
 from windlass.launch.drill import Strike
 from windlass.launch.forkserver import PRELOADED, ForkServer
-from windlass.launch.history import StepWatch
 from windlass.launch.job import Loaded
 from windlass.launch.local import WorkerCommand, WorkerProcess
 from windlass.launch.local_fleet import LocalFleet, node_names
@@ -68,6 +69,7 @@ metrics: {{tensorboard: false}}
 """
 PROTECTED = ("snapshot.every=1", "snapshot.slots=3", "snapshot.chunk_bytes=16384", "snapshot.bucket_bytes=65536")
 PROTECTED += ("snapshot.peer_timeout_s=3", "checkpoint.mode=lazy", "recovery.max_restarts=8", "recovery.replace_s=0")
+PROTECTED += ("recovery.node_failures=99",)
 EXACT = ("loss", "grad_norm", "lr", "samples", "skipped")
 
 
@@ -82,6 +84,11 @@ class Act:
 
     step: int
     do: Callable[[Live], object]
+
+
+def protected(step: int) -> Act:
+    """Wait until a step is protected on all nodes; with `hold(step)`, strikes that follow meet a run at rest."""
+    return Act(step, lambda live: live.until_at("peers", step))
 
 
 @dataclass
@@ -114,6 +121,10 @@ class Live:
     def checkpoints(self) -> Path:
         return self.run / "checkpoints"
 
+    def done(self) -> int:
+        """Return the last step that is finished by now."""
+        return int(read_metrics(self.run / "metrics.jsonl")[-1]["step"])
+
     def memory(self, node: int) -> NodeFolder:
         """Return the folder in memory of a node."""
         return self.memories[f"node-{node}"].folder
@@ -125,7 +136,13 @@ class Live:
 
     def until_at(self, level: str, step: int, node: int = 0) -> None:
         """Wait until a level ("ram", "peers", "local", "storage") holds a step, as a node sees it."""
-        until(lambda: self.status(node).newest.get(level, -1) >= step, 15)
+
+        def there() -> bool:
+            with contextlib.suppress(CheckpointError):  # its snapshot process is being replaced
+                return self.status(node).newest.get(level, -1) >= step
+            return False
+
+        until(there, 15)
 
     def segment(self, node: int, role: str, rank: int) -> Segment:
         """Open the newest segment of a rank for writing."""
@@ -330,6 +347,9 @@ class Lab:
         loaded, limits = prepared(load_job(self.job, overrides))
         config = loaded.config
         run.mkdir()
+        command = worker_command(loaded)
+        if protected:
+            command = replace(command, arguments=("-m", "tests.fault.paced"))
         token, said, began = job_token(run), list[str](), time.monotonic()
         before = os.environ.get("WINDLASS_FAULT")
         try:
@@ -340,7 +360,7 @@ class Lab:
                 for name in (node_names(config.launch) if protected else ())
             }
             fleet = LocalFleet(
-                worker_command(loaded),
+                command,
                 config.launch,
                 memories=memories,
                 local_dir=config.checkpoint.local_dir,
@@ -425,7 +445,3 @@ def end_all(memory: Path) -> None:
             os.kill(pid, signal.SIGKILL)
     shutil.rmtree(memory, ignore_errors=True)
 
-
-def done(live: Live) -> int:
-    """Return the last step that a run has finished so far."""
-    return StepWatch(live.run).last()

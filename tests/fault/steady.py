@@ -15,8 +15,9 @@ import time
 from pathlib import Path
 from typing import Any
 
+from tests.waiting import until
 from windlass.dist.env import get, read_process_env
-from windlass.dist.errors import CommError, DataError
+from windlass.dist.errors import CommError, DataError, SpikeError
 from windlass.launch.control_log import ControlLog, PhaseLog
 from windlass.launch.failure import guarded
 from windlass.launch.metrics import AppendFile
@@ -36,7 +37,7 @@ def do(fault: dict[str, Any], run: Path) -> None:
             raise CommError("rank 1 is gone")
         case "roll-back":
             ControlLog(run).append("rollback", step=fault["step"] - 2, why="the loss jumped")
-            sys.exit(9)
+            raise SpikeError("the loss jumped")
 
 
 def meet(run: Path, generation: int, rank: int, world_size: int, step: int) -> bool:
@@ -71,9 +72,13 @@ def work(job: dict[str, Any]) -> int:
     tell(run / f"pid-{generation}-{env.rank}", str(os.getpid()))
     state = run / f"state-{env.rank}"
     kept = [run / f"state-{rank}" for rank in range(env.world_size)]
-    step = min(int(file.read_text()) if file.exists() else 0 for file in kept)
-    limit = ControlLog(run).limit()
-    step = step if limit is None else min(step, limit)
+    agreed = run / f"from-{generation}"
+    if env.rank == 0:
+        limit = ControlLog(run).limit()
+        steps = [int(file.read_text()) if file.exists() else 0 for file in kept]
+        tell(agreed, str(min(steps if limit is None else [*steps, limit])))
+    until(agreed.exists)
+    step = int(agreed.read_text())
     phases.mark("imported")
     phases.mark("met")
     phases.mark("found")

@@ -225,7 +225,7 @@ def test_an_older_generation_deletes_nothing(tmp_path, target, monkeypatch):
     for step in (1, 2):
         nodes.persist(step)
 
-    def fault(point, *, rank, step):
+    def fault(point, *, rank, step, generation):
         if point == "persist.purge":
             begin_generation(target, 2)
 

@@ -8,9 +8,12 @@ import resource
 import subprocess
 import sys
 import warnings
+from dataclasses import asdict
 
 import pytest
 import torch
+from safetensors.torch import load_file
+from typer.testing import CliRunner
 
 from tests.checkpoint_doubles import blank, even_shards, on_threads, save_shards, some_state
 from tests.persist_doubles import (
@@ -29,11 +32,15 @@ from tests.persist_doubles import (
 from windlass.checkpoint import persist as persist_module
 from windlass.checkpoint.frames import frame_of
 from windlass.checkpoint.manifest import read_manifest
+from windlass.checkpoint.memory.pace import CATCH_UP_S, Pace
 from windlass.checkpoint.reader import read_tensor
 from windlass.checkpoint.restore import restore
 from windlass.checkpoint.storage import read_file, storage_of
 from windlass.checkpoint.store import choose
 from windlass.dist.errors import CheckpointError
+from windlass.launch.cli.checkpoint import app
+from windlass.model.build import build_model, named_parameters
+from windlass.model.config import ModelConfig
 
 POINTS = ["open", "write", "fsync", "metadata", "manifest", "rename"]
 
@@ -183,6 +190,42 @@ def test_metadata_names_files_beside_it(tmp_path, target):
     assert {info.relative_path for info in metadata.storage_data.values()} <= set(place.names())
 
 
+def windlass_checkpoint(*args):
+    result = CliRunner().invoke(app, [str(a) for a in args])
+    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
+    return result
+
+
+def test_the_command_line_lists_and_verifies_what_was_persisted_anywhere(tmp_path, target):
+    nodes = nodes_with(tmp_path, some_state(), target)
+    places = [nodes.persist(step) for step in (1, 2)]
+    listed = json.loads(windlass_checkpoint("ls", target, "--json").output)
+    assert [row["step"] for row in listed] == [2, 1] and [row["folder"] for row in listed] == places[::-1]
+    assert windlass_checkpoint("verify", target).output.count(": valid") == 2
+    storage = storage_of(places[1])
+    data = bytearray(read_file(storage, "__1_0.distcp"))
+    data[len(data) // 2] ^= 1
+    storage.remove("__1_0.distcp")
+    storage.create("__1_0.distcp", bytes(data))
+    found = windlass_checkpoint("verify", target)
+    assert found.exit_code == CheckpointError.exit_code and "__1_0.distcp" in found.output
+    assert windlass_checkpoint("verify", places[0]).exit_code == 0
+
+
+def test_the_command_line_exports_what_was_persisted_to_a_url(tmp_path):
+    config = ModelConfig(
+        vocab_size=257, hidden_size=16, num_layers=1, num_heads=2, intermediate_size=24, max_seq_len=8, norm="rmsnorm"
+    )
+    state = {f"model.{name}": torch.randn(p.shape) for name, p in named_parameters(build_model(config))}
+    forget_memory()
+    nodes_with(tmp_path, state, "memory://run").persist(1, {"model": asdict(config)})
+    result = windlass_checkpoint("export", "memory://run", "--to", "hf", "--out", tmp_path / "hf")
+    assert result.exit_code == 0, result.output
+    weights = load_file(next((tmp_path / "hf").glob("*.safetensors")))
+    embed = next(value for key, value in state.items() if key.startswith("model.embed"))
+    assert any(torch.equal(w, embed) for w in weights.values())
+
+
 # -- complete or not there -------------------------------------------------------------------------------------------
 
 
@@ -275,7 +318,7 @@ def test_a_slot_that_is_replaced_while_it_is_written_is_noticed(tmp_path, monkey
     nodes.hold(1)
     temporary = nodes.begin(1)
 
-    def fault(point, *, rank, step):
+    def fault(point, *, rank, step, generation):
         if point == "persist.fsync" and rank == 1:
             nodes.hold(2)
 
@@ -315,9 +358,11 @@ def test_a_step_saved_again_replaces_what_was_there(tmp_path, target):
 
 def test_bandwidth_is_limited(tmp_path):
     nodes = nodes_with(
-        tmp_path, {"model.x": torch.randn(20_000)}, tmp_path / "c", num_ranks=2, bandwidth_bytes_per_s=1_000_000.0
+        tmp_path, {"model.x": torch.randn(20_000)}, tmp_path / "c", num_ranks=2, bandwidth_bytes_per_s=1e6
     )
-    waited = []
-    nodes.leader._pace._sleep = waited.append
-    nodes.persist(1)
-    assert 0.06 < max(waited) < 0.2  # 80 KB and their frames; nobody sleeps, so what is to be waited for adds up
+    assert nodes.leader._pace.bytes_per_s == 1e6
+    waited: list[float] = []
+    nodes.leader._pace = Pace(1e6, clock=lambda: sum(waited), sleep=waited.append)
+    place = nodes.persist(1)
+    written = sum(file.num_bytes for name, file in read_manifest(place).files.items() if name != ".metadata")
+    assert sum(waited) == pytest.approx(written / 1e6, abs=CATCH_UP_S) and written > 80_000

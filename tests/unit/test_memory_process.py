@@ -24,6 +24,7 @@ from windlass.checkpoint.memory.header import SlotHeader, State
 from windlass.checkpoint.memory.heartbeat import is_alive, process_started
 from windlass.checkpoint.memory.persisting import Cadence
 from windlass.checkpoint.memory.pids import resident_bytes
+from windlass.checkpoint.memory.protect import check_room
 from windlass.checkpoint.memory.segment import Segment
 from windlass.checkpoint.memory.settings import Settings
 from windlass.checkpoint.memory.slots import NodeSlots
@@ -216,6 +217,23 @@ def test_adopting_twice_is_nothing_and_other_members_in_one_generation_are_refus
     other = replace(fleet.membership, scheme="none")
     with pytest.raises(CheckpointError, match=f"generation {fleet.generation} began with other members"):
         client.adopt(other, None, fleet.settings)
+
+
+def test_memory_that_does_not_suffice_for_parity_is_refused_before_the_first_step(
+    fleet: Fleet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = fleet.nodes[0].folder
+    slots = NodeSlots(folder, print)
+    slots.refresh()
+    made = {file.path for file in folder.segments()}
+    larger = replace(fleet.membership, members=tuple(replace(m, num_bytes=1 << 20) for m in fleet.membership.members))
+    monkeypatch.setattr(NodeFolder, "room", lambda self: 9 << 20)
+    with pytest.raises(CheckpointError, match=r"parity of ranks \[0\] need"):
+        check_room(folder, slots, larger)
+    until(lambda: any(file.role == "parity" for file in folder.segments()))
+    check_room(folder, slots, fleet.membership)
+    assert made <= {file.path for file in folder.segments()}
+    slots.close()
 
 
 def test_the_next_generation_keeps_what_was_restored_until_it_has_committed(fleet: Fleet) -> None:

@@ -324,7 +324,11 @@ class Memory:
         self.taken: list[tuple[int, bool]] = []
         self.beats: list[tuple[str, int]] = []
         self.asked = 0
+        self.finished = 0
         self.step = 0
+
+    def finish(self) -> None:
+        self.finished += 1
 
     def ready(self) -> bool:
         self.step += 1
@@ -348,6 +352,15 @@ class Memory:
 
     def flush(self, signum: int) -> None:
         self.asked += 1
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_snapshots_are_let_go_only_when_the_last_step_is_in_a_checkpoint(full: bool, tmp_path: Path) -> None:
+    memory = Memory()
+    run = FakeRun(tmp_path, snapshots=memory)
+    run.disk_full = full
+    run.train()
+    assert memory.finished == (not full)
 
 
 def test_snapshots_are_taken_when_due_and_left_out_where_a_rank_has_no_room(tmp_path: Path) -> None:

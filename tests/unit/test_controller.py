@@ -1,0 +1,263 @@
+"""The controller with a fleet of no processes: moves, waits, stops, and its own death at any moment."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import signal
+import threading
+import time
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field, replace
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from windlass.dist.errors import ConfigError, WorkerError
+from windlass.launch.control_log import ControlLog
+from windlass.launch.controller import Controller, Patience, allowed_sizes
+from windlass.launch.decide import Limits
+from windlass.launch.failure import Exit
+from windlass.launch.fleet import Node, Seating
+
+
+@dataclass
+class Stop:
+    """How often somebody asked to stop."""
+
+    count: int = 0
+
+
+class Group:
+    """Workers that end as their plan says: `done`, `kill` (rank 0 is), or `run` until they are asked to end."""
+
+    def __init__(self, fleet: Fleet, seating: Seating, plan: str) -> None:
+        self.num_workers = seating.world_size
+        self._fleet, self._plan = fleet, plan
+        self._alive = set(range(self.num_workers))
+        self._signal = 0
+        fleet.step += plan != "kill-again"
+        with open(fleet.run / "metrics.jsonl", "a") as file:
+            stamp = datetime.now(timezone.utc).isoformat()
+            file.write(json.dumps({"step": fleet.step, "step_s": 1.0, "time": stamp}) + "\n")
+
+    def wait(self, timeout_s: float) -> list[Exit]:
+        code = {"done": 0, "kill": -9, "kill-again": -9}.get(self._plan)
+        if self._signal:
+            code = 0 if self._signal == signal.SIGTERM and self._plan != "stubborn" else -self._signal
+        if code is None or not self._alive:
+            self._fleet.turn()
+            threading.Event().wait(min(timeout_s, 0.01))
+            return []
+        if code == 0 and self._plan == "done":
+            ControlLog(self._fleet.run).append("complete", step=self._fleet.step)
+        ended, self._alive = self._alive, set()
+        return [Exit(rank, code if rank == 0 else 0, time.time(), None, stopped=False) for rank in sorted(ended)]
+
+    def send(self, ranks: Collection[int], signum: int) -> None:
+        if self._plan != "stubborn" or signum == signal.SIGKILL:
+            self._signal = signum if set(ranks) & self._alive else self._signal
+
+
+@dataclass
+class Fleet:
+    """Nodes with two places each; every start follows the next plan."""
+
+    run: Path
+    plans: list[str]
+    machines: list[Node] = field(default_factory=lambda: [Node(f"node-{i}", f"rack-{i}", 2) for i in range(2)])
+    turn: Callable[[], None] = lambda: None
+    flushed: int | None = None
+    running: Seating | None = None
+    step: int = 0
+    fenced: list[int] = field(default_factory=list)
+    seatings: list[Seating] = field(default_factory=list)
+    released: list[bool] = field(default_factory=list)
+    attached: int = 0
+
+    def nodes(self) -> list[Node]:
+        return list(self.machines)
+
+    def change(self, name: str, **changes: Any) -> None:
+        self.machines = [replace(node, **changes) if node.name == name else node for node in self.machines]
+
+    def fence(self, generation: int) -> None:
+        self.fenced.append(generation)
+
+    def start(self, generation: int, seating: Seating, variables: Mapping[str, str]) -> Group:
+        self.seatings.append(seating)
+        self.running = seating
+        return Group(self, seating, self.plans.pop(0))
+
+    def attach(self, generation: int, seating: Seating) -> Group | None:
+        if self.running is None:
+            return None
+        self.attached += 1
+        return Group(self, self.running, self.plans.pop(0))
+
+    def tend(self) -> list[str]:
+        self.turn()
+        return []
+
+    def flush(self, deadline_s: float) -> int | None:
+        return self.flushed
+
+    def release(self, ok: bool) -> None:
+        self.released.append(ok)
+
+    def strike(self, kind: str, target: str) -> str:
+        raise ConfigError("not here")
+
+
+FOUR = Limits(4, (2, 4), 3)
+
+
+def controller(fleet: Fleet, limits: Limits = FOUR, *, launch: str = "", **patience: float) -> Controller:
+    log = ControlLog(fleet.run)
+    return Controller(fleet, log, limits, Patience(**patience), fleet.run, launch=launch, say=lambda text: None)
+
+
+def records(fleet: Fleet, kind: str) -> list[dict[str, Any]]:
+    return [record for record in ControlLog(fleet.run).records if record["kind"] == kind]
+
+
+def test_every_generation_is_fenced_before_its_workers_start_and_the_end_is_released(tmp_path: Path) -> None:
+    fleet = Fleet(tmp_path, ["kill", "done"])
+    assert controller(fleet).run(Stop()) == 0
+    assert fleet.fenced == [1, 2] and fleet.released == [True]
+    kinds = [r["kind"] for r in ControlLog(tmp_path).records]
+    assert kinds[:4] == ["launch", "generation", "decision", "start"]
+    assert kinds[4:] == ["generation", "failure", "decision", "start", "complete", "end"]
+
+
+def test_memory_is_kept_unless_workers_said_that_all_is_durable(tmp_path: Path) -> None:
+    fleet = Fleet(tmp_path, ["run"])
+    stop = Stop()
+    fleet.turn = lambda: setattr(stop, "count", 1)
+    assert controller(fleet).run(stop) == 0
+    assert fleet.released == [False]
+
+
+def test_a_run_that_shrank_grows_when_a_node_is_back_and_that_is_no_failure(tmp_path: Path) -> None:
+    fleet = Fleet(tmp_path, ["kill", "run", "done"])
+    plans = iter([lambda: fleet.change("node-1", alive=True)])
+
+    def come_back() -> None:
+        if len(fleet.seatings) == 2:
+            next(plans, lambda: None)()
+
+    fleet.turn = come_back
+    fence = fleet.fence
+    fleet.fence = lambda generation: (fence(generation), generation == 2 and fleet.change("node-1", alive=False))  # type: ignore
+    assert controller(fleet, grow_s=0.01).run(Stop()) == 0
+    assert [seating.world_size for seating in fleet.seatings] == [4, 2, 4]
+    assert len(records(fleet, "failure")) == 1 and records(fleet, "planned")[0]["why"] == "there is room again"
+
+
+def test_workers_leave_a_node_that_will_be_taken_before_it_is(tmp_path: Path) -> None:
+    fleet = Fleet(tmp_path, ["run", "done"])
+    fleet.machines.append(Node("node-2", "rack-2", 2))
+    fleet.turn = lambda: fleet.change("node-0", drain_deadline=time.time() + 60)
+    assert controller(fleet).run(Stop()) == 0
+    assert fleet.seatings[1].used == ("node-2", "node-1")
+    assert not records(fleet, "failure") and "will be taken away" in records(fleet, "planned")[0]["why"]
+
+
+def test_it_waits_for_a_replacement_before_it_gives_up(tmp_path: Path) -> None:
+    fleet = Fleet(tmp_path, ["kill", "done"])
+    turns = itertools.count()
+
+    def later() -> None:
+        if fleet.fenced == [1, 2]:
+            fleet.change("node-1", alive=next(turns) > 1)
+
+    fleet.turn = later
+    fleet.fence = lambda generation: (fleet.fenced.append(generation), later())  # type: ignore[method-assign]
+    assert controller(fleet, Limits(4, (4,), 3, replace_s=20)).run(Stop()) == 0
+    assert records(fleet, "lost")[0]["nodes"] == ["node-1"]
+    assert fleet.seatings[1].world_size == 4
+
+
+def test_workers_that_miss_the_deadline_are_killed_and_the_newest_snapshot_made_durable(tmp_path: Path) -> None:
+    for flushed, code in ((7, 0), (None, 128 + signal.SIGTERM)):
+        stop = Stop()
+        fleet = Fleet(tmp_path, ["stubborn"], flushed=flushed)
+        fleet.turn = lambda stop=stop: setattr(stop, "count", 1)  # type: ignore[misc]
+        assert controller(fleet, grace_s=0.3, flush_s=0.1).run(stop) == code
+
+
+def test_a_stop_while_nothing_runs_ends_without_another_start(tmp_path: Path) -> None:
+    stop = Stop()
+    fleet = Fleet(tmp_path, ["kill", "done"])
+    fleet.fence = lambda generation: setattr(stop, "count", int(generation > 1))  # type: ignore[method-assign]
+    assert controller(fleet).run(stop) == 128 + signal.SIGTERM
+    assert len(fleet.seatings) == 1
+
+
+def test_a_new_controller_takes_over_workers_that_run_without_touching_them(tmp_path: Path) -> None:
+    log = ControlLog(tmp_path)
+    log.append("launch", launch="one", workers=4)
+    log.bump()
+    log.append("decision", action="restart", nodes=["node-0"] * 2 + ["node-1"] * 2, why="first start")
+    log.append("start", workers=4)
+    fleet = Fleet(tmp_path, ["kill", "done"], running=Seating(("node-0",) * 2 + ("node-1",) * 2))
+    assert controller(fleet, launch="one").run(Stop()) == 0
+    assert fleet.attached == 1 and fleet.fenced == [2]
+    assert len(records(fleet, "failure")) == 1
+
+
+class Died(BaseException):
+    """The controller was killed."""
+
+
+@pytest.mark.parametrize("at", range(1, 16))
+def test_a_controller_that_dies_at_any_record_is_replaced_by_one_that_decides_the_same(
+    at: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plans = ["kill", "kill", "done"]
+    undisturbed = Fleet(tmp_path / "whole", list(plans))
+    undisturbed.run.mkdir()
+    assert controller(undisturbed, launch="one").run(Stop()) == 0
+    fleet = Fleet(tmp_path / "cut", list(plans))
+    fleet.run.mkdir()
+    count, write = itertools.count(1), ControlLog._write
+
+    def dying(self: ControlLog, fd: int, record: dict[str, Any]) -> dict[str, Any]:
+        if next(count) >= at:
+            raise Died
+        return write(self, fd, record)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ControlLog, "_write", dying)
+        try:
+            controller(fleet, launch="one").run(Stop())
+        except Died:
+            fleet.running = None  # its workers died with it
+            fleet.plans = plans[len(records(fleet, "failure")) :]
+    assert controller(fleet, launch="one").run(Stop()) == 0
+    generations = [record["generation"] for record in records(fleet, "generation")]
+    assert generations == sorted(set(generations))
+    # A decision that was already written down is made again, then it reads "in place".
+    whole, cut = ([r["nodes"] for r in records(f, "decision")] for f in (undisturbed, fleet))
+    assert [nodes for nodes, _ in itertools.groupby(cut)] == [nodes for nodes, _ in itertools.groupby(whole)]
+    assert len(records(fleet, "failure")) <= FOUR.max_restarts
+
+
+def test_the_sizes_of_a_job_are_those_it_can_be_checked_for() -> None:
+    def works(size: int) -> None:
+        if size % 2:
+            raise ConfigError("the batch cannot be shared")
+
+    assert allowed_sizes(6, 2, works) == (2, 4, 6)
+    assert allowed_sizes(6, 0, works) == (6,)
+
+
+def test_a_controller_that_was_replaced_ends_its_workers(tmp_path: Path) -> None:
+    fleet = Fleet(tmp_path, ["run"])
+    others = iter([lambda: ControlLog(tmp_path).bump()])
+    fleet.turn = lambda: next(others, lambda: None)()
+    with pytest.raises(WorkerError, match="another process began generation 2"):
+        controller(fleet).run(Stop())
+    assert fleet.released == [False]

@@ -1,0 +1,110 @@
+"""The snapshot memory of a node in the hands of a launcher, with a real snapshot process."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.waiting import until
+from windlass.checkpoint.memory.folder import NodeFolder
+from windlass.checkpoint.memory.heartbeat import Heartbeat, Phase
+from windlass.dist.errors import CheckpointError
+from windlass.launch.node_memory import NodeMemory, forget_another_run, stop_process
+
+JOB = "0123456789abcdef"
+TRAINER = """
+import sys, threading
+from pathlib import Path
+from windlass.checkpoint.memory.heartbeat import Heartbeat
+Heartbeat(Path(sys.argv[1]), int(sys.argv[2]))
+print("beating", flush=True)
+threading.Event().wait(60)
+"""
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Iterator[NodeFolder]:
+    folder = NodeFolder(tmp_path, JOB, "node-0")
+    yield folder
+    stop_process(folder)
+
+
+def test_fencing_raises_the_generation_ends_older_workers_and_has_the_node_served(folder: NodeFolder) -> None:
+    memory = NodeMemory(folder, "secret")
+    trainer = subprocess.Popen(
+        [sys.executable, "-c", TRAINER, str(folder.beat_path(0)), "1"], stdout=subprocess.PIPE, text=True
+    )
+    assert trainer.stdout is not None and "beating" in trainer.stdout.readline()
+    memory.fence(2)
+    assert trainer.wait(10) == -signal.SIGKILL
+    served = folder.read_smp()
+    assert folder.read_generation() == 2 and served is not None and served.alive
+    memory.release(ok=True)
+    assert not served.alive and not folder.path.exists()
+
+
+def test_a_killed_snapshot_process_is_replaced_and_that_is_news_once(folder: NodeFolder) -> None:
+    memory = NodeMemory(folder, "secret")
+    memory.fence(1)
+    first = memory.kill()
+    news: list[str] = []
+    until(lambda: bool(news.extend(memory.tend()) or news), 20)
+    served = folder.read_smp()
+    assert served is not None and served.alive and served.pid != first
+    assert len(news) == 1 and "snapshot process of node-0 replaced" in news[0]
+    memory.release(ok=True)
+
+
+def test_a_node_that_lost_everything_stays_lost(folder: NodeFolder) -> None:
+    memory = NodeMemory(folder, "secret")
+    memory.fence(1)
+    memory.lose()
+    assert memory.tend() == [] and not folder.path.exists()
+    assert memory.flush(0.1) is None
+
+
+def test_what_is_left_of_a_run_whose_folder_was_deleted_is_removed(folder: NodeFolder) -> None:
+    folder.create("old")
+    (folder.path / "data").write_text("of the old run")
+    assert not forget_another_run(folder, "old")
+    assert forget_another_run(folder, "new") and not folder.path.exists()
+    assert not forget_another_run(folder, "new")
+
+
+def test_a_deleted_run_that_still_trains_is_not_disturbed(folder: NodeFolder) -> None:
+    folder.create("old")
+    Heartbeat(folder.beat_path(3), 1).beat(Phase.STEP, 7)
+    with pytest.raises(CheckpointError, match=f"in use by rank 3 .process {os.getpid()}. of an earlier run"):
+        forget_another_run(folder, "new")
+    assert folder.path.exists()
+
+
+@pytest.mark.parametrize("suspect", [True, False])
+def test_the_verdict_of_the_watchdog_tells_who_hung_and_who_only_waited(suspect: bool, folder: NodeFolder) -> None:
+    memory = NodeMemory(folder, "secret")
+    verdict = {
+        "generation": 4,
+        "phase": "STEP",
+        "step": 12,
+        "silent_s": 31.5,
+        "limit_s": 30.0,
+        "state": "T",
+        "suspect": suspect,
+        "stacks": "/run/stacks/gen-4-rank-1.txt",
+        "when": 5.0,
+    }
+    folder.verdict_path(1).write_text(json.dumps(verdict))
+    failure = memory.verdict(1, 4)
+    assert failure is not None and failure.kind == "hang" and failure.secondary is not suspect
+    said = "hung in STEP at step 12 for 31.5 s, 30.0 s allowed (stopped by a signal)" if suspect else "waited in STEP"
+    assert failure.message.startswith(said)
+    assert memory.verdict(1, 5) is None and memory.verdict(0, 4) is None
+    folder.verdict_path(1).write_text("{")
+    assert memory.verdict(1, 4) is None
