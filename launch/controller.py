@@ -338,15 +338,20 @@ class Controller:
         """End after a request to stop: 0 if the work is safe."""
         if exits and all(ended.code == 0 for ended in exits):
             return 0
+        if not self._has_worked() and all(failure.secondary for failure in order_failures(exits)):
+            self._say("windlass: stopped on request before the first step")
+            return 0
         step = self._fleet.flush(self._patience.flush_s) if self._patience.flush_s else None
         if step is not None and all(failure.secondary for failure in order_failures(exits)):
             self._say(f"windlass: stopped on request; step {step} was made durable from snapshots")
             return 0
         if not exits:
-            self._say("windlass: stopped on request while no worker was running")
-            if not any(record["kind"] == "start" for record in self._log.since_launch()):
-                return 0  # nothing has been done
+            self._say("windlass: stopped on request while no worker was running; snapshots stay for their lease")
         return conclude(exits, stop) or 128 + signal.SIGTERM
+
+    def _has_worked(self) -> bool:
+        """Whether this launch has done steps, which its memory may hold."""
+        return self._steps.last() > 0 or any(r["kind"] in ("failure", "planned") for r in self._log.since_launch())
 
     def _give_up(self, decision: Stop, exits: list[Exit]) -> int:
         self._log.append("decision", action="stop", why=decision.why)

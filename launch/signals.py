@@ -23,6 +23,11 @@ def _leave_it_to_the_thread(signum: int, frame: FrameType | None) -> None:
     """Keep the default action from happening; the wake-up pipe already has the signal."""
 
 
+def hold_signals() -> None:
+    """Keep SIGTERM and SIGINT waiting until `StopSignals` handles them, so that none ends a process that is loading."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+
+
 @final
 class StopSignals:
     """Handle SIGTERM and SIGINT while the `with` block runs; outside the main thread, handle nothing.
@@ -73,6 +78,7 @@ class StopSignals:
         self._previous = {s: signal.signal(s, _leave_it_to_the_thread) for s in SIGNALS}
         self._thread = threading.Thread(target=self._listen, name="stop-signals", daemon=True)
         self._thread.start()
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # see `hold_signals`
         return self
 
     def _listen(self) -> None:

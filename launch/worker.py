@@ -14,6 +14,7 @@ from windlass.dist.env import ProcessEnv, read_process_env
 from windlass.dist.errors import ConfigError
 from windlass.launch.failure import guarded
 from windlass.launch.local import WorkerCommand, num_cores, threads_per_worker
+from windlass.launch.signals import hold_signals
 
 if TYPE_CHECKING:
     from windlass.launch.job import Loaded
@@ -49,4 +50,5 @@ def work(loaded: Loaded, env: ProcessEnv) -> int:
 
 
 if __name__ == "__main__":
+    hold_signals()
     sys.exit(work(pickle.load(sys.stdin.buffer), read_process_env()))

@@ -11,11 +11,11 @@ node frees, who is in a group and which slot is picked are the functions that th
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
-from dataclasses import replace
 from typing import Any
 
+from tests.protocol_control import Control
+from tests.protocol_faults import Faults
 from tests.protocol_parts import (
     CHUNK_BYTES,
     NUM_BYTES,
@@ -34,26 +34,20 @@ from tests.protocol_parts import (
     pick_parity,
 )
 from tests.protocol_truth import Truth
-
 from windlass.checkpoint.memory.groups import plan_groups
 from windlass.checkpoint.memory.header import State
 from windlass.checkpoint.memory.inventory import Held, Saved
 from windlass.checkpoint.memory.membership import Member, Membership
 from windlass.checkpoint.memory.votes import NOTHING, Decree, Report
-from windlass.launch.decide import History, Limits, Restart
-from windlass.launch.fleet import Node as Seat
 
 PROGRESS = (
     "control", "join", "load", "update", "take", "copied", "hashed", "encode", "encoded", "abort", "report",
     "deliver",
     "respawn", "persist",
 )  # fmt: skip
-TROUBLE = ("drop", "double", "kill_rank", "stop_rank", "go_on", "kill_smp", "kill_controller", "damage", "forget")
-DISASTER = ("lose_node", "cut", "heal", "reboot")
-KINDS = PROGRESS + TROUBLE + DISASTER
 
 
-class World:
+class World(Faults, Control):
     """The state of everything. `act(kind, a, b)` does one thing; the numbers choose among what is possible."""
 
     def __init__(self, shape: Shape | None = None, rules: Rules | None = None) -> None:
@@ -78,18 +72,7 @@ class World:
         """
         return bool(getattr(self, f"do_{kind}")(a, b))
 
-    @property
-    def run(self) -> Run | None:
-        return self.runs[-1] if self.runs else None
-
-    @property
-    def generation(self) -> int:
-        return max((r["generation"] for r in self.log if r["kind"] == "generation"), default=0)
-
     # -- trainers ------------------------------------------------------------------------------------------------------
-
-    def _acting(self) -> list[tuple[Run, Trainer]]:
-        return [(run, t) for run in self.runs for t in run.trainers if t.acts]
 
     def do_join(self, a: int, b: int) -> bool:
         """A started worker writes its heartbeat, by which a fence finds it, and then looks whether its generation is over: two instants."""
@@ -253,9 +236,6 @@ class World:
 
     # -- snapshot processes --------------------------------------------------------------------------------------------
 
-    def _smps(self) -> Iterator[tuple[Node, Smp]]:
-        return ((n, n.smp) for n in self.nodes.values() if n.up and n.smp is not None)
-
     def do_respawn(self, a: int, b: int) -> bool:
         found = [n for n in self.nodes.values() if n.up and n.smp is None]
         if not found:
@@ -273,9 +253,7 @@ class World:
         smp.term = None if node.membership is None else self.rules.term(node.membership, node.name)
 
     def do_hashed(self, a: int, b: int) -> bool:
-        found = [
-            s for n, _ in self._smps() for g in n.segments.values() for s in g.slots if s.state == State.COPIED
-        ]
+        found = [s for n, _ in self._smps() for g in n.segments.values() for s in g.slots if s.state == State.COPIED]
         if found:
             found[a % len(found)].advance(State.FILLED)
         return bool(found)
@@ -429,178 +407,6 @@ class World:
         if key not in self.truth.restorable():
             return False
         self.storage[key] = self.truth.content(key)
-        return True
-
-    # -- faults --------------------------------------------------------------------------------------------------------
-
-    def do_drop(self, a: int, b: int) -> bool:
-        if self.network:
-            del self.network[a % len(self.network)]
-            return True
-        return False
-
-    def do_double(self, a: int, b: int) -> bool:
-        return self._deliver(a, keep=True)
-
-    def do_kill_rank(self, a: int, b: int) -> bool:
-        found = [t for run in self.runs for t in run.trainers if t.alive]
-        if found:
-            found[a % len(found)].alive = False
-        return bool(found)
-
-    def do_stop_rank(self, a: int, b: int) -> bool:
-        found = self._acting()
-        if found:
-            found[a % len(found)][1].stopped = True
-        return bool(found)
-
-    def do_go_on(self, a: int, b: int) -> bool:
-        found = [t for run in self.runs for t in run.trainers if t.alive and t.stopped]
-        if found:
-            found[a % len(found)].stopped = False
-        return bool(found)
-
-    def do_kill_smp(self, a: int, b: int) -> bool:
-        found = [n for n, _ in self._smps()]
-        if found:
-            found[a % len(found)].smp = None
-        return bool(found)
-
-    def do_kill_controller(self, a: int, b: int) -> bool:
-        self.phase = "look"
-        return True
-
-    def _kept(self) -> list[tuple[int, Slot]]:
-        return [
-            (rank, s)
-            for n in self.nodes.values()
-            for (_, rank, _), segment in n.segments.items()
-            for s in segment.slots
-            if s.state >= State.FILLED and s.good
-        ]
-
-    def do_damage(self, a: int, b: int) -> bool:
-        """Bytes of a snapshot change: they no longer verify."""
-        found = self._kept()
-        if found:
-            rank, slot = found[a % len(found)]
-            slot.good = False
-            self.truth.spoiled(slot.key, rank)
-        return bool(found)
-
-    def do_forget(self, a: int, b: int) -> bool:
-        """Both copies of a header are damaged: the slot counts as empty."""
-        found = self._kept()
-        if found:
-            rank, slot = found[a % len(found)]
-            self.truth.spoiled(slot.key, rank)
-            slot.free()
-        return bool(found)
-
-    def do_lose_node(self, a: int, b: int) -> bool:
-        """Memory, processes and all. Another machine may take its name at once (b odd) or never."""
-        node = self._wipe(a)
-        if node is not None:
-            node.up = bool(b % 2)
-        return node is not None
-
-    def do_reboot(self, a: int, b: int) -> bool:
-        return self._wipe(a) is not None
-
-    def _wipe(self, a: int) -> Node | None:
-        found = [n for n in self.nodes.values() if n.up]
-        if not found:
-            return None
-        node = found[a % len(found)]
-        self.truth.lost(node)
-        for run in self.runs:
-            for trainer in run.trainers:
-                trainer.alive = trainer.alive and trainer.node != node.name
-        self.nodes[node.name].__dict__.update(vars(replace(Node(node.name), reachable=node.reachable)))
-        return node
-
-    def do_cut(self, a: int, b: int) -> bool:
-        """The network to a node fails; everything on it lives on: a zombie once the others have gone on."""
-        found = [n for n in self.nodes.values() if n.there]
-        if not found:
-            return False
-        node = found[a % len(found)]
-        self.truth.lost(node)
-        node.reachable = False
-        return True
-
-    def do_heal(self, a: int, b: int) -> bool:
-        found = [n for n in self.nodes.values() if n.up and not n.reachable]
-        if found:
-            found[a % len(found)].reachable = True
-        return bool(found)
-
-    # -- the controller ------------------------------------------------------------------------------------------------
-
-    def do_control(self, a: int, b: int) -> bool:
-        return bool(getattr(self, f"_{self.phase}")())
-
-    def _look(self) -> bool:
-        """A new controller process reads the log and looks at the workers."""
-        run = self.run
-        current = run is not None and run.generation == self.generation
-        self.phase = "watch" if current else "bump"
-        return True
-
-    def _watch(self) -> bool:
-        run = self.run
-        assert run is not None
-        if all(t.acts and self.nodes[t.node].there for t in run.trainers):
-            return False
-        self.log.append({"kind": "failure", "what": "worker", "generation": run.generation, "step": run.step})
-        self.phase = "bump"
-        return True
-
-    def _bump(self) -> bool:
-        self.log.append({"kind": "generation", "generation": self.generation + 1})
-        self.phase = "announce"
-        return True
-
-    def _announce(self) -> bool:
-        for node in self.nodes.values():
-            if node.there:
-                node.generation = max(node.generation, self.generation)
-        self.phase = "kill"
-        return True
-
-    def _kill(self) -> bool:
-        """SIGKILL to the recorded processes of older generations, and wait until they are gone."""
-        for run in self.runs:
-            for trainer in run.trainers:
-                if self.nodes[trainer.node].there and trainer.registered and run.generation < self.generation:
-                    trainer.alive = trainer.alive and not self.rules.fence_kills
-        self.phase = "decide"
-        return True
-
-    def _decide(self) -> bool:
-        if any(n.there and n.generation < self.generation for n in self.nodes.values()):
-            self.phase = "announce"  # a node came back: it is fenced before anybody is seated on it
-            return True
-        seats = [Seat(n.name, n.name, self.shape.per_node, n.there) for n in self.nodes.values()]
-        limits = Limits(self.workers, self.shape.sizes, 10**6, 10**6, 10**6, 0.0)
-        decision = self.rules.decide(History.of(self.log), seats, limits)
-        replayed = self.rules.decide(History.of(json.loads(json.dumps(self.log))), seats, limits)
-        earlier = self.decisions.setdefault((len(self.log), str(seats)), decision)
-        if decision != replayed or decision != earlier:
-            raise Violation(f"I13: {decision} from the same log as {replayed} and {earlier}")
-        if not isinstance(decision, Restart):
-            return False  # too few nodes: look again later
-        self.log.append({"kind": "decision", "generation": self.generation, "nodes": list(decision.seating.nodes)})
-        self.phase = "start"
-        return True
-
-    def _start(self) -> bool:
-        if any(n.there and n.generation < self.generation for n in self.nodes.values()):
-            self.phase = "announce"
-            return True
-        names = next(r["nodes"] for r in reversed(self.log) if r["kind"] == "decision")
-        self.runs.append(Run(self.generation, [Trainer(rank, name) for rank, name in enumerate(names)]))
-        self.phase = "watch"
         return True
 
     # -- without further faults ----------------------------------------------------------------------------------------

@@ -6,7 +6,6 @@ them: `NodeSlots` frees them, `pick_slot` picks among them. See protocol_model.p
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -239,4 +238,3 @@ class Shape:
     slots: int = 2
     persist_every: int = 0
     sizes: tuple[int, ...] = ()
-

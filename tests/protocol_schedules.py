@@ -1,7 +1,7 @@
 """Random schedules of the protocol model, and the shortest form of one that breaks an invariant.
 
-    python tests/protocol_schedules.py --schedules 100000       as many as there is time for
-    python tests/protocol_schedules.py --seed 4711              one again, shortened
+python tests/protocol_schedules.py --schedules 100000       as many as there is time for
+python tests/protocol_schedules.py --seed 4711              one again, shortened
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from tests.protocol_model import DISASTER, PROGRESS, TROUBLE, World
+from tests.protocol_faults import DISASTER, TROUBLE
+from tests.protocol_model import PROGRESS, World
 from tests.protocol_parts import Rules, Shape, Violation
 
 Act = tuple[str, int, int]

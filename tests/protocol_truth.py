@@ -9,7 +9,6 @@ from collections.abc import Iterable, Mapping
 from itertools import combinations
 
 from tests.protocol_parts import Key, Node, Shape, Violation
-
 from windlass.checkpoint.memory.groups import num_parity
 from windlass.checkpoint.memory.header import State
 from windlass.checkpoint.memory.membership import Membership

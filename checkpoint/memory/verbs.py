@@ -146,6 +146,7 @@ class Verbs:
         return {}, None
 
     def do_fence(self, fields: Fields, payload: memoryview) -> Answer:
+        """Raise the generation first, then kill: a trainer that starts meanwhile finds that it is over."""
         generation = int(fields["generation"])
         now = self.folder.raise_generation(generation)
         if now > generation:
@@ -203,6 +204,7 @@ class Verbs:
         return self.process.on_duty().writing.forget(str(fields["level"]), int(fields["step"])), None
 
     def do_flush(self, fields: Fields, payload: memoryview) -> Answer:
+        """Have the leader make a step durable, whichever node is asked."""
         duty = self.process.on_duty()
         deadline_s, at_least = float(fields["deadline_s"]), int(fields.get("at_least", NOTHING))
         self.process.seen()

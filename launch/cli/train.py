@@ -68,10 +68,12 @@ def train(
     from windlass.launch.failure import guarded
     from windlass.launch.local import launch_local
     from windlass.launch.local_run import needs_controller, run_controlled
+    from windlass.launch.signals import hold_signals
     from windlass.launch.worker import check_num_workers, work, worker_command
 
     env = read_process_env()
     if env.launcher != "none":
+        hold_signals()
 
         def run() -> int:
             loaded = load_job(job, ctx.args, cluster=cluster)
@@ -146,6 +148,7 @@ def launch_in_ray(
         base=config.snapshot.folder,
         local_dir=config.checkpoint.local_dir,
         strikes=tuple(strikes),
+        fork_server=config.recovery.fork_server and config.recovery.max_restarts > 0,
     )
     return launch_recovering(
         worker_command(loaded),

@@ -36,6 +36,7 @@ from tests.waiting import until
 from windlass.checkpoint.memory import pids
 from windlass.checkpoint.memory.client import SnapshotClient
 from windlass.checkpoint.memory.folder import NodeFolder, list_jobs
+from windlass.checkpoint.memory.header import SlotHeader
 from windlass.checkpoint.memory.segment import Segment, Slot
 from windlass.checkpoint.memory.status import Status
 from windlass.checkpoint.reader import CheckpointReader
@@ -148,6 +149,13 @@ class Live:
         """Open the newest segment of a rank for writing."""
         found = [f for f in self.memory(node).segments() if (f.role, f.rank) == (role, rank)]
         return Segment.open(max(found, key=lambda f: f.path.stat().st_mtime_ns).path, writable=True)
+
+    def headers(self, node: int, role: str, rank: int) -> list[SlotHeader]:
+        """Return what the slots of a rank hold."""
+        segment = self.segment(node, role, rank)
+        found = [header for slot in segment.slots if (header := slot.header()) is not None]
+        segment.close()
+        return found
 
     def slot(self, segment: Segment, step: int) -> Slot:
         """Return the slot of a segment that holds a step."""

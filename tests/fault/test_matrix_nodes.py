@@ -1,0 +1,122 @@
+"""The fault matrix, real processes: nodes that are lost with their processes, memory and local folders.
+
+Row 7   one node: idle, while its snapshot is copied, half encoded, between encoded and commit, after the commit
+        -> test_a_node_lost_at_any_moment_costs_at_most_the_step_that_was_not_protected
+Row 9   two nodes of different groups at once
+        -> test_two_nodes_of_different_groups_are_restored_from_memory
+Row 10  two nodes of one group: parity of one node falls back to the checkpoint, two parities or copies do not
+        -> test_two_nodes_of_one_group_are_more_than_xor_can_restore_so_the_checkpoint_is_used,
+           test_two_nodes_of_one_group_are_restored_from_memory_where_the_scheme_allows_two
+Row 11  all nodes
+        -> test_all_nodes_lost_at_once_go_on_from_the_newest_checkpoint
+"""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.fault.memory_runs import Act, Lab, Live, hold, protected
+from tests.waiting import until
+from windlass.checkpoint.memory.header import State
+
+FOUR = {"workers": 4, "nodes": 4}
+
+
+def encoded_on(node: int, rank: int, step: int) -> Act:
+    """Wait until a node holds parity of a rank for a step, whether that is committed or not."""
+
+    def there(live: Live) -> bool:
+        return any(h.step == step and h.state >= State.ENCODED for h in live.headers(node, "parity", rank))
+
+    return Act(step, lambda live: until(lambda: there(live), 15))
+
+
+def test_a_node_lost_at_any_moment_costs_at_most_the_step_that_was_not_protected(lab: Lab) -> None:
+    """Five generations, each losing the node of rank 1, whatever its name is by then."""
+    told = lab.run(
+        spares=5,
+        fault=",".join(
+            [
+                hold(2, generation=1),
+                "kill:snapshot.chunk:rank=1:step=4:generation=2",
+                hold(6, generation=3),
+                "hang:smp.encode:rank=1:step=6:generation=3",
+                hold(8, generation=4),
+                "hang:smp.vote:rank=1:step=8:generation=4",
+                hold(10, generation=5),
+                "hang:smp.commit:rank=1:step=10:generation=5",
+            ]
+        ),
+        strikes=[
+            protected(2),
+            "node=1@step=2",
+            # 2: killed by the fault; its node goes with it, see below
+            "node=3@step=6",
+            encoded_on(0, 0, 8),
+            "node=4@step=8",
+            protected(10),
+            "node=5@step=10",
+        ],
+        between={3: lambda live: live.lose(2)},
+    )
+    told.check(lab.undisturbed(), lost=1, restarts=5)
+    assert told.restored == [(step, "ram") for step in (2, 3, 5, 8, 10)]
+    assert [record["nodes"] for record in told.of("lost")] == [[f"node-{number}"] for number in range(1, 6)]
+
+
+def test_two_nodes_of_different_groups_are_restored_from_memory(lab: Lab) -> None:
+    told = lab.run(
+        **FOUR,
+        spares=2,
+        settings=["snapshot.group=2"],
+        fault=hold(5),
+        strikes=[protected(5), "node=1@step=5", "node=2@step=5"],
+    )
+    told.check(lab.undisturbed(workers=4), lost=0, restarts=1)
+    assert told.restored == [(5, "ram")]
+    assert told.of("lost")[0]["nodes"] == ["node-1", "node-2"]
+
+
+def test_two_nodes_of_one_group_are_more_than_xor_can_restore_so_the_checkpoint_is_used(lab: Lab) -> None:
+    told = lab.run(
+        **FOUR,
+        spares=2,
+        settings=["snapshot.group=2", "checkpoint.every=3"],
+        fault=hold(5),
+        strikes=[protected(5), Act(5, lambda live: live.until_at("storage", 3)), "node=0@step=5", "node=1@step=5"],
+    )
+    told.check(lab.undisturbed(workers=4), lost=2, restarts=1)
+    assert told.restored == [(3, "storage")]
+
+
+@pytest.mark.parametrize(
+    "scheme",
+    [
+        ("snapshot.redundancy=reed_solomon", "snapshot.parity=2", "snapshot.group=4"),
+        ("snapshot.redundancy=replica", "snapshot.parity=2", "snapshot.group=4"),
+    ],
+    ids=["reed_solomon", "replica"],
+)
+def test_two_nodes_of_one_group_are_restored_from_memory_where_the_scheme_allows_two(
+    lab: Lab, scheme: tuple[str, ...]
+) -> None:
+    told = lab.run(
+        **FOUR,
+        spares=2,
+        settings=[*scheme, "checkpoint.every=3"],
+        fault=hold(5),
+        strikes=[protected(5), "node=1@step=5", "node=2@step=5"],
+    )
+    told.check(lab.undisturbed(workers=4), lost=0, restarts=1)
+    assert told.restored == [(5, "ram")]
+
+
+def test_all_nodes_lost_at_once_go_on_from_the_newest_checkpoint(lab: Lab) -> None:
+    told = lab.run(
+        spares=2,
+        settings=["checkpoint.every=3"],
+        fault=hold(7),
+        strikes=[protected(7), Act(7, lambda live: live.until_at("storage", 6)), "node=0@step=7", "node=1@step=7"],
+    )
+    told.check(lab.undisturbed(), lost=1, restarts=1)
+    assert told.restored == [(6, "storage")]
