@@ -24,7 +24,7 @@ from windlass.checkpoint.memory.groups import plan_groups, weaknesses
 from windlass.checkpoint.memory.heartbeat import Heartbeat, Phase
 from windlass.checkpoint.memory.membership import Member, Membership
 from windlass.checkpoint.memory.settings import Settings
-from windlass.checkpoint.memory.supervise import Supervisor, ensure_snapshot_process
+from windlass.checkpoint.memory.supervise import ensure_snapshot_process
 from windlass.checkpoint.save import SaveReport
 from windlass.dist.device import Device
 from windlass.dist.env import ProcessEnv
@@ -33,11 +33,11 @@ from windlass.dist.rendezvous import own_address
 from windlass.dist.trace import Tracer
 from windlass.launch.control_log import ControlLog, job_of, job_token
 from windlass.launch.node_memory import forget_another_run
+from windlass.launch.snapshot_watch import SnapshotWatch
 
 if TYPE_CHECKING:
     from windlass.launch.job import JobConfig
 
-LOOK_S = 1.0  # how often a node's first rank asks what the levels hold, and whether the snapshot process lives
 START_S = 30.0
 
 
@@ -76,7 +76,7 @@ class Snapshots:
         self.client = SnapshotClient.of(self.folder, generation)
         self._capturer: Capturer | None = None
         self._alone = env.launcher not in ("local", "ray")  # those look after the process and its memory themselves
-        self._watch = _Watch(self.folder, self.client, supervise=self._alone, first=self.seats.speaks(env.rank))
+        self._watch = SnapshotWatch(self.folder, self.client, supervise=self._alone, first=self.seats.speaks(env.rank))
         self._blocked_s = 0.0
         self._final = 0  # the step of the last snapshot
 
@@ -238,9 +238,9 @@ class Snapshots:
 
     def _snapshot(self, step: int, facts: Mapping[str, Any], *, eager: bool) -> None:
         began = time.perf_counter()
-        self.capturer.snapshot(step, {"extra": dict(facts), "rng": rng_state()}, eager=eager)
+        if self.capturer.snapshot(step, {"extra": dict(facts), "rng": rng_state()}, eager=eager):
+            self._final = step
         self._blocked_s += time.perf_counter() - began
-        self._final = step
 
     def gate(self) -> None:
         """Wait until the snapshot under way is copied; state may change afterwards."""
@@ -338,39 +338,3 @@ class Snapshots:
         self._stacks.close()
         if not Path(self._stacks.name).stat().st_size:
             Path(self._stacks.name).unlink()
-
-
-class _Watch:
-    """A thread that asks what the levels hold and, where no launcher of ours does, keeps the snapshot process alive."""
-
-    def __init__(self, folder: NodeFolder, client: SnapshotClient, *, supervise: bool, first: bool) -> None:
-        self.levels: dict[str, float] = {}
-        self.problems: list[str] = []
-        self._client = client
-        self._supervisor = Supervisor(folder) if supervise and first else None
-        self._first = first
-        self._stopped = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="snapshot watch", daemon=True)
-
-    def start(self) -> None:
-        if self._first:
-            self._thread.start()
-
-    def _run(self) -> None:
-        told = ""
-        while not self._stopped.wait(LOOK_S):
-            try:
-                if self._supervisor is not None and self._supervisor.check():
-                    self.problems.append("the snapshot process had ended and was started again")
-                status = self._client.status()
-            except CheckpointError:
-                continue  # a process that is down is started again by whoever supervises it
-            self.levels = {level: float(step) for level, step in status.newest.items() if step >= 0}
-            if status.last_error and status.last_error != told:
-                told = status.last_error
-                self.problems.append(told)
-
-    def stop(self) -> None:
-        self._stopped.set()
-        if self._thread.is_alive():
-            self._thread.join()

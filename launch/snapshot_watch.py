@@ -1,0 +1,53 @@
+"""Asks the snapshot process of a node what the levels hold and, where no launcher of ours does, keeps it alive.
+
+Must not know: when snapshots are taken, who is told.
+"""
+
+from __future__ import annotations
+
+import threading
+
+from windlass.checkpoint.memory.client import SnapshotClient
+from windlass.checkpoint.memory.folder import NodeFolder
+from windlass.checkpoint.memory.supervise import Supervisor
+from windlass.dist.errors import CheckpointError
+
+LOOK_S = 1.0
+
+
+class SnapshotWatch:
+    """A thread of the first rank of a node. `levels`: the newest step of each; `problems`: what people should hear."""
+
+    def __init__(self, folder: NodeFolder, client: SnapshotClient, *, supervise: bool, first: bool) -> None:
+        self.levels: dict[str, float] = {}
+        self.problems: list[str] = []
+        self._client = client
+        self._supervisor = Supervisor(folder) if supervise and first else None
+        self._first = first
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="snapshot watch", daemon=True)
+
+    def start(self) -> None:
+        """Begin, on the first rank of a node."""
+        if self._first:
+            self._thread.start()
+
+    def _run(self) -> None:
+        told = ""
+        while not self._stopped.wait(LOOK_S):
+            try:
+                if self._supervisor is not None and self._supervisor.check():
+                    self.problems.append("the snapshot process had ended and was started again")
+                status = self._client.status()
+            except CheckpointError:
+                continue  # a process that is down is started again by whoever supervises it
+            self.levels = {level: float(step) for level, step in status.newest.items() if step >= 0}
+            if status.last_error and status.last_error != told:
+                told = status.last_error
+                self.problems.append(told)
+
+    def stop(self) -> None:
+        """End. Blocks: host, for a question under way."""
+        self._stopped.set()
+        if self._thread.is_alive():
+            self._thread.join()
