@@ -10,7 +10,6 @@ from __future__ import annotations
 import base64
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -69,11 +68,10 @@ class Checked:
 
 
 class _Output:
-    """A file under way: hashes, counts, keeps to a pace, and writes in batches, each while the next is hashed."""
+    """A file under way: hashes, counts, keeps to a pace, and writes in batches."""
 
-    def __init__(self, file: FileWriter, pace: Pace, before_write: Callable[[], None], pool: Executor) -> None:
-        self.file, self.pace, self.before_write, self.pool = file, pace, before_write, pool
-        self.under_way: Future[None] | None = None
+    def __init__(self, file: FileWriter, pace: Pace, before_write: Callable[[], None]) -> None:
+        self.file, self.pace, self.before_write = file, pace, before_write
         self.hasher, self.position = xxhash.xxh3_64(), 0
         self.parts: list[Buffer] = []
         self.pending = 0
@@ -89,13 +87,8 @@ class _Output:
     def flush(self) -> None:
         self.before_write()
         self.pace.spend(self.pending)
-        self.wait()
-        self.under_way = self.pool.submit(self.file.write, *self.parts)
+        self.file.write(*self.parts)
         self.parts, self.pending = [], 0
-
-    def wait(self) -> None:
-        if self.under_way is not None:
-            self.under_way.result()
 
 
 def write_archives(
@@ -121,25 +114,23 @@ def write_archives(
     fault("open")
     file = storage.start(name)
     try:
-        with ThreadPoolExecutor(1, "persist-write") as pool:
-            out = _Output(file, pace, lambda: fault("write"), pool)
-            for fragment, frame in zip(layout.fragments, frames, strict=True):
-                if frame is None:
-                    continue
-                out.put(bytes(-out.position % ALIGNMENT))
-                start = out.position
-                out.put(frame[0])
-                offset, hasher = out.position, xxhash.xxh3_64()
-                for part in source.take(fragment.offset, fragment.offset + fragment.num_bytes):
-                    hasher.update(part)
-                    out.put(part)
-                out.put(frame[1])
-                place = [offset, fragment.num_bytes, hasher.hexdigest(), start, out.position - start]
-                boxed = [list(fragment.box.offsets), list(fragment.box.sizes), *place]
-                rows.append([fragment.key, list(fragment.global_shape), fragment.dtype, boxed])
-            source.finish()
-            out.flush()
-            out.wait()
+        out = _Output(file, pace, lambda: fault("write"))
+        for fragment, frame in zip(layout.fragments, frames, strict=True):
+            if frame is None:
+                continue
+            out.put(bytes(-out.position % ALIGNMENT))
+            start = out.position
+            out.put(frame[0])
+            offset, hasher = out.position, xxhash.xxh3_64()
+            for part in source.take(fragment.offset, fragment.offset + fragment.num_bytes):
+                hasher.update(part)
+                out.put(part)
+            out.put(frame[1])
+            place = [offset, fragment.num_bytes, hasher.hexdigest(), start, out.position - start]
+            boxed = [list(fragment.box.offsets), list(fragment.box.sizes), *place]
+            rows.append([fragment.key, list(fragment.global_shape), fragment.dtype, boxed])
+        source.finish()
+        out.flush()
         fault("fsync")
     except BaseException:
         file.abandon()

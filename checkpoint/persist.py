@@ -204,6 +204,10 @@ class Persister:
                 self.storage.make_folder()
                 begin_generation(self.storage, generation)
 
+    def hurry(self) -> None:
+        """Write as fast as it goes from now on: training waits for it, or has ended."""
+        self._pace.lift()
+
     def sweep(self, generation: int) -> None:
         """Remove what older generations left unfinished on this node's drive and at the target; log what resists."""
         try:

@@ -29,7 +29,7 @@ TORCHRUN_TICK_S = 2
 @dataclass(frozen=True)
 class Failure:
     """Why one rank ended. `secondary`: it only noticed that something else broke, such as a lost peer. `kind`: what
-    failed, when it was not the worker's own doing: hang or node.
+    failed, when it was not the worker's own doing: hang or node. `sure`: it did not just wait for another one.
     """
 
     rank: int
@@ -39,6 +39,7 @@ class Failure:
     exit_code: int
     secondary: bool
     kind: str = ""
+    sure: bool = True
 
 
 @dataclass(frozen=True)
@@ -138,7 +139,7 @@ def failure_of(ended: Exit) -> Failure | None:
 def order_failures(exits: Sequence[Exit]) -> list[Failure]:
     """Sort the failures of a run: the first real cause first, lost peers last."""
     failures = [failure for ended in exits if (failure := failure_of(ended)) is not None]
-    return sorted(failures, key=lambda failure: (failure.secondary, failure.when, failure.rank))
+    return sorted(failures, key=lambda failure: (failure.secondary, not failure.sure, failure.when, failure.rank))
 
 
 def format_ranks(ranks: Sequence[int]) -> str:

@@ -25,7 +25,8 @@ from windlass.dist import env
 from windlass.dist.errors import WorkerError
 from windlass.launch.local import WorkerCommand, die_with_parent, import_path
 
-PRELOADED = ("torch", "windlass.launch.worker", "windlass.launch.run")
+# The last one is imported by torch's first forward otherwise, most of a second.
+PRELOADED = ("torch", "windlass.launch.worker", "windlass.launch.run", "torch.fx.experimental.symbolic_shapes")
 REQUEST_BYTES = 1 << 20
 ANSWER_S = 120.0  # the first answer comes when everything is imported
 

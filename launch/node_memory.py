@@ -139,7 +139,8 @@ class NodeMemory:
             else:
                 message = f"waited in {where} for a rank that hung"
             code = 128 + signal.SIGKILL
-            return Failure(rank, verdict["when"], message, "", code, not verdict["suspect"], "hang")
+            # A watchdog sees the ranks of its own node only: one that runs may wait for a rank elsewhere.
+            return Failure(rank, verdict["when"], message, "", code, not verdict["suspect"], "hang", bool(stopped))
         except (FileNotFoundError, ValueError, KeyError, TypeError):  # none, or none of ours
             return None
 

@@ -17,6 +17,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, final
 
+import psutil
+
 from windlass.checkpoint.save import SaveReport, save
 from windlass.data.loader import Loader
 from windlass.dist.comm import Comm, Group
@@ -237,7 +239,7 @@ def build_run(config: JobConfig, env: ProcessEnv) -> Run:
 
     Collective: every rank of the job, once
     """
-    began, clock = time.perf_counter(), _Clock()
+    began, imported, clock = time.perf_counter(), time.time(), _Clock()
     with ExitStack() as stack:
         with clock.phase("data"):
             device = pick_device(config.train.device, env.local_rank)
@@ -250,6 +252,8 @@ def build_run(config: JobConfig, env: ProcessEnv) -> Run:
             plan = make_plan(config, env.world_size, config.cluster, device.kind, activations=False)
             folder, events = _open_folder(config, env, stack)
             phases = PhaseLog(folder.root, env.generation, env.rank)
+            phases.mark("began", psutil.Process().create_time())
+            phases.mark("imported", imported)
         with clock.phase("ranks"):
             tracer, ledger = Tracer(), TierLedger(tier_limits(config))
             parallelism = config.parallelism

@@ -21,6 +21,7 @@ class SnapshotWatch:
     def __init__(self, folder: NodeFolder, client: SnapshotClient, *, supervise: bool, first: bool) -> None:
         self.levels: dict[str, float] = {}
         self.problems: list[str] = []
+        self._told = ""
         self._client = client
         self._supervisor = Supervisor(folder) if supervise and first else None
         self._first = first
@@ -33,18 +34,21 @@ class SnapshotWatch:
             self._thread.start()
 
     def _run(self) -> None:
-        told = ""
         while not self._stopped.wait(LOOK_S):
-            try:
-                if self._supervisor is not None and self._supervisor.check():
-                    self.problems.append("the snapshot process had ended and was started again")
-                status = self._client.status()
-            except CheckpointError:
-                continue  # a process that is down is started again by whoever supervises it
-            self.levels = {level: float(step) for level, step in status.newest.items() if step >= 0}
-            if status.last_error and status.last_error != told:
-                told = status.last_error
-                self.problems.append(told)
+            self.look()
+
+    def look(self) -> None:
+        """Ask once. Blocks: host, until the answer comes."""
+        try:
+            if self._supervisor is not None and self._supervisor.check():
+                self.problems.append("the snapshot process had ended and was started again")
+            status = self._client.status()
+        except CheckpointError:
+            return  # a process that is down is started again by whoever supervises it
+        self.levels = {level: float(step) for level, step in status.newest.items() if step >= 0}
+        if status.last_error and status.last_error != self._told:
+            self._told = status.last_error
+            self.problems.append(status.last_error)
 
     def stop(self) -> None:
         """End. Blocks: host, for a question under way."""

@@ -291,6 +291,8 @@ class Snapshots:
             return [done.place, done.num_bytes]
 
         outcome = on_all_ranks(self._world, wait)
+        if self.speaks:
+            self._watch.look()  # nobody may come back for what has gone wrong
         seconds = time.monotonic() - began
         if outcome.problem is not None:
             return SaveReport(False, step, None, 0, seconds, {}, outcome.problem)

@@ -210,8 +210,12 @@ class Trainer:
         if run.snapshots is not None and run.snapshots.due(self.step):
             with run.tracer.span("snapshot", "phase"):
                 run.snapshots.take(self.step, run.facts(self.step, self.tokens), all_ready=all_ready)
-            for problem in run.snapshots.problems():
-                run.events.warn(self.step, problem)
+            self._tell_problems()
+
+    def _tell_problems(self) -> None:
+        """Warn of what went wrong beside training."""
+        for problem in [] if self.run.snapshots is None else self.run.snapshots.problems():
+            self.run.events.warn(self.step, problem)
 
     def _beat(self, phase: str, step: int) -> None:
         if self.run.snapshots is not None:
@@ -255,6 +259,7 @@ class Trainer:
             self._warn(f"CHECKPOINT NOT SAVED, training goes on: {report.reason}")
         for message in report.warnings:
             self._warn(message)
+        self._tell_problems()
 
 
 def bits_per_byte(loss: float, bytes_per_token: float) -> float | None:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from tests.protocol_parts import Node, Rules, Run, Shape, Trainer, Violation
+from tests.protocol_parts import Key, Node, Rules, Run, Shape, Trainer, Violation
+from tests.protocol_truth import Truth
+from windlass.launch.control_log import ControlLog
 from windlass.launch.decide import History, Limits, Restart
 from windlass.launch.fleet import Node as Seat
 
@@ -21,6 +23,7 @@ class Control:
     phase: str
     decisions: dict[tuple[int, str], Any]
     workers: int
+    truth: Truth
 
     @property
     def run(self) -> Run | None:
@@ -29,6 +32,32 @@ class Control:
     @property
     def generation(self) -> int:
         return max((r["generation"] for r in self.log if r["kind"] == "generation"), default=0)
+
+    @property
+    def control_log(self) -> ControlLog:
+        """The real log, over the records of this world."""
+        log = object.__new__(ControlLog)
+        log.records = self.log
+        return log
+
+    def do_roll_back(self, a: int, b: int) -> bool:
+        """The loss jumped: all workers end, the run goes back some steps and leaves out what it had seen since."""
+        run = self.run
+        if run is None or not run.training or run.content is None or run.step < 2:
+            return False
+        if run.generation < self.generation or not all(t.acts and self.nodes[t.node].there for t in run.trainers):
+            return False
+        back = max(run.step - 1 - a % 3, 0)
+        content: Key | None = run.content
+        first = stop = self.truth.history[run.content][1] + 1
+        while content is not None and content[1] > back:
+            content, first = self.truth.history[content]
+        self.log.append({"kind": "rollback", "generation": run.generation, "step": back})
+        self.log.append({"kind": "skip", "generation": run.generation, "first": first, "last": stop})
+        self.truth.go_back(run.generation, back)
+        for trainer in run.trainers:
+            trainer.alive = False
+        return True
 
     def do_control(self, a: int, b: int) -> bool:
         return bool(getattr(self, f"_{self.phase}")())

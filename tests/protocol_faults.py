@@ -6,7 +6,18 @@ from tests.protocol_parts import Message, Node, Run, Slot, Smp, Trainer
 from tests.protocol_truth import Truth
 from windlass.checkpoint.memory.header import State
 
-TROUBLE = ("drop", "double", "kill_rank", "stop_rank", "go_on", "kill_smp", "kill_controller", "damage", "forget")
+TROUBLE = (
+    "roll_back",
+    "drop",
+    "double",
+    "kill_rank",
+    "stop_rank",
+    "go_on",
+    "kill_smp",
+    "kill_controller",
+    "damage",
+    "forget",
+)
 DISASTER = ("lose_node", "cut", "heal", "reboot")
 
 
@@ -111,7 +122,7 @@ class Faults:
         for run in self.runs:
             for trainer in run.trainers:
                 trainer.alive = trainer.alive and trainer.node != node.name
-        self.nodes[node.name].__dict__.update(vars(replace(Node(node.name), reachable=node.reachable)))
+        vars(node).update(vars(Node(node.name, reachable=node.reachable)))
         return node
 
     def do_cut(self, a: int, b: int) -> bool:

@@ -12,6 +12,7 @@ node frees, who is in a group and which slot is picked are the functions that th
 from __future__ import annotations
 
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 from tests.protocol_control import Control
@@ -22,6 +23,7 @@ from tests.protocol_parts import (
     Key,
     Message,
     Node,
+    Persist,
     Rules,
     Run,
     Segment,
@@ -33,12 +35,14 @@ from tests.protocol_parts import (
     Violation,
     pick_parity,
 )
+from tests.protocol_storage import Storage
 from tests.protocol_truth import Truth
 from windlass.checkpoint.memory.groups import plan_groups
 from windlass.checkpoint.memory.header import State
 from windlass.checkpoint.memory.inventory import Held, Saved
 from windlass.checkpoint.memory.membership import Member, Membership
 from windlass.checkpoint.memory.votes import NOTHING, Decree, Report
+from windlass.data.loader import Loader
 
 PROGRESS = (
     "control", "join", "load", "update", "take", "copied", "hashed", "encode", "encoded", "abort", "report",
@@ -47,7 +51,7 @@ PROGRESS = (
 )  # fmt: skip
 
 
-class World(Faults, Control):
+class World(Faults, Control, Storage):
     """The state of everything. `act(kind, a, b)` does one thing; the numbers choose among what is possible."""
 
     def __init__(self, shape: Shape | None = None, rules: Rules | None = None) -> None:
@@ -61,6 +65,7 @@ class World(Faults, Control):
         self.log: list[dict[str, Any]] = [{"kind": "launch", "generation": 0}]
         self.phase = "bump"  # of the controller: all that it forgets when it dies
         self.decisions: dict[tuple[int, str], Any] = {}
+        self.persists: list[Persist] = []
         self.storage: dict[Key, Key | None] = {}  # checkpoints: (generation, step) -> content
         self.clock = 0
         self.num_skips = 0
@@ -75,7 +80,7 @@ class World(Faults, Control):
     # -- trainers ------------------------------------------------------------------------------------------------------
 
     def do_join(self, a: int, b: int) -> bool:
-        """A started worker writes its heartbeat, by which a fence finds it, and then looks whether its generation is over: two instants."""
+        """A worker writes its heartbeat, by which a fence finds it, and then looks whether its generation is over."""
         found = [(run, t) for run, t in self._acting() if not t.looked]
         if not found:
             return False
@@ -102,7 +107,7 @@ class World(Faults, Control):
         late = [n for n in run.world.nodes if self.nodes[n].current is not run.world]
         if late:
             return self._adopt(run, self.nodes[late[b % len(late)]])
-        ready = [t for t in run.trainers if t.acts and not t.seeded and t.copying is None]
+        ready = [t for t in run.trainers if t.acts and not t.seeded and not t.copying]
         return bool(ready) and self._seed(run, ready[b % len(ready)])
 
     def _choose(self, run: Run) -> bool:
@@ -116,9 +121,10 @@ class World(Faults, Control):
             if s.held is not None and s.state >= (State.FILLED if role == "data" else State.ENCODED) and s.good
         ]
         saved = [Saved(step, "storage", generation) for generation, step in self.storage]
-        choice, why = self.rules.choose(held, self.truth.worlds, saved)
+        log = self.control_log
+        choice, why = self.rules.choose(held, self.truth.worlds, saved, at_most=log.limit(), left=log.left())
         run.base = choice
-        expected = max([*self.truth.restorable(), *self.storage], default=None)
+        expected = max([*self.truth.restorable(), *(k for k in self.storage if not self.truth.void(k))], default=None)
         if run.base_key != expected:
             raise Violation(f"I9: {run.base_key} was chosen, the newest that can be restored is {expected}: {why}")
         if choice is None and self.truth.tolerable():
@@ -127,7 +133,7 @@ class World(Faults, Control):
             assert expected is not None
             run.step = choice.step
             run.content = self.storage[expected] if choice.tier == "storage" else self.truth.content(expected)
-            self.truth.check_samples(run.content)
+            self.truth.check_samples(run.content, self.control_log.skips())
             run.anchor = self.rules.anchor(held, choice)
             self.truth.keep(run.anchor)
         run.world = self._membership(run)
@@ -163,39 +169,48 @@ class World(Faults, Control):
         return True
 
     def _seed(self, run: Run, trainer: Trainer) -> bool:
-        segment = self._segment(run, trainer)
+        picks = self._picks(run, trainer)
         if run.base is None:
             trainer.seeded = True
-            return True
-        slot = self.rules.pick(segment, run.generation)
-        if slot is None:
+        elif not picks:
             raise Violation(f"rank {trainer.rank} of generation {run.generation} has no slot for what it restored")
-        self._fill(run, trainer, slot)
+        else:
+            self._fill(run, trainer, picks)
         return True
 
-    def _segment(self, run: Run, trainer: Trainer) -> Segment:
-        return self.nodes[trainer.node].segment("data", trainer.rank, len(run.trainers), self.shape.slots)
+    def _picks(self, run: Run, trainer: Trainer) -> list[Slot]:
+        """Return a slot to fill in each segment of a rank, parity first; nothing unless all have one."""
+        size = len(run.trainers)
+        own_parity = self.shape.local_parity and run.world is not None and len(run.world.group_of(trainer.rank)) > 1
+        roles = ("parity", "data") if own_parity else ("data",)
+        segments = [self.nodes[trainer.node].segment(role, trainer.rank, size, self.shape.slots) for role in roles]
+        picks = [self.rules.pick(segment, run.generation) for segment in segments]
+        return [] if None in picks else picks
 
-    def _fill(self, run: Run, trainer: Trainer, slot: Slot) -> None:
-        slot.fill((run.generation, run.step), trainer.rank, "data", len(run.trainers))
-        trainer.copying = (slot, slot.sequence)
+    def _fill(self, run: Run, trainer: Trainer, picks: list[Slot]) -> None:
+        for slot, role in zip(reversed(picks), ("data", "parity"), strict=False):
+            slot.fill((run.generation, run.step), trainer.rank, role, len(run.trainers))
+        trainer.copying = tuple((slot, slot.sequence) for slot in picks)
         self.nodes[trainer.node].beats[run.generation, trainer.rank] = run.step
         self.truth.check(f"rank {trainer.rank} fills step {run.step}")
 
     def do_update(self, a: int, b: int) -> bool:
         """All ranks finish the next step together. Each has waited for its own copy, and for nothing else."""
         found = [
-            r
-            for r in self.runs
-            if r.training and not r.takers and all(t.acts and t.copying is None for t in r.trainers)
+            r for r in self.runs if r.training and not r.takers and all(t.acts and not t.copying for t in r.trainers)
         ]
         if not found:
             return False
         run = found[a % len(found)]
         before, run.step = run.content, run.step + 1
         run.content = (run.generation, run.step)
-        self.truth.history[run.content] = (before, 0 if before is None else self.truth.history[before][1] + 1)
-        free = [t for t in run.trainers if self.rules.pick(self._segment(run, t), run.generation) is not None]
+        following = 0 if before is None else self.truth.history[before][1] + 1
+        loader: Any = SimpleNamespace(_skips=sorted(self.control_log.skips()))
+        sample = Loader._behind_skips(loader, following)
+        self.truth.history[run.content] = (before, sample)
+        if run.step == (run.base.step if run.base else 0) + 1 and run is self.run:
+            self.log.append({"kind": "recovered", "generation": run.generation})
+        free = [t for t in run.trainers if self._picks(run, t)]
         if self.rules.jointly and len(free) < len(run.trainers):
             free = []
         run.takers = list(free)
@@ -212,10 +227,10 @@ class World(Faults, Control):
             return False
         run, trainer = found[a % len(found)]
         run.takers.remove(trainer)
-        slot = self.rules.pick(self._segment(run, trainer), run.generation)
-        if slot is None:
+        picks = self._picks(run, trainer)
+        if not picks:
             raise Violation(f"rank {trainer.rank} has no slot for step {run.step} any more")
-        self._fill(run, trainer, slot)
+        self._fill(run, trainer, picks)
         return True
 
     def do_copied(self, a: int, b: int) -> bool:
@@ -223,9 +238,8 @@ class World(Faults, Control):
         if not found:
             return False
         run, trainer = found[a % len(found)]
-        assert trainer.copying is not None
-        slot, sequence = trainer.copying
-        trainer.copying, trainer.seeded = None, True
+        (slot, sequence), *rest = trainer.copying
+        trainer.copying, trainer.seeded = tuple(rest), not rest
         if slot.sequence != sequence:
             if any(slot in segment.slots for segment in self.nodes[trainer.node].segments.values()):
                 raise Violation(f"I5: generation {run.generation} writes into a slot that is of {slot.key} by now")
@@ -251,6 +265,8 @@ class World(Faults, Control):
         smp.shelves.refresh()
         smp.passed = None
         smp.term = None if node.membership is None else self.rules.term(node.membership, node.name)
+        if (term := smp.term) is not None:
+            term.on_commit = lambda step: self._due(node, term, step)
 
     def do_hashed(self, a: int, b: int) -> bool:
         found = [s for n, _ in self._smps() for g in n.segments.values() for s in g.slots if s.state == State.COPIED]
@@ -292,7 +308,7 @@ class World(Faults, Control):
 
     def do_encode(self, a: int, b: int) -> bool:
         found = [x for x in self._to_encode() if x[2].holding(x[1].key) is None]
-        if not found:
+        if not found or self.shape.local_parity:
             return False
         node, slot, segment, _ = found[a % len(found)]
         assert slot.held is not None
@@ -306,7 +322,8 @@ class World(Faults, Control):
         return True
 
     def do_encoded(self, a: int, b: int) -> bool:
-        found = [x for x in self._to_encode() if x[2].holding(x[1].key) is not None]
+        at_least = State.FILLED if self.shape.local_parity else State.FILLING
+        found = [x for x in self._to_encode() if (p := x[2].holding(x[1].key)) is not None and p.state >= at_least]
         if not found:
             return False
         _, slot, segment, read = found[a % len(found)]
@@ -327,7 +344,9 @@ class World(Faults, Control):
             nodes = [self.nodes[name] for name in world.nodes] if world is not None and node.there else []
             if nodes and all(n.there and n.smp is not None and n.current is world for n in nodes):
                 for slot in self._own(node, State.FILLED):
-                    if self._read_group(node, world, slot.held.rank, slot) is None:
+                    parity = node.segment("parity", slot.held.rank, world.world_size, self.shape.slots)
+                    unmade = self.shape.local_parity and parity.holding(slot.key) is None
+                    if unmade or self._read_group(node, world, slot.held.rank, slot) is None:
                         found.append((node, smp, slot))
         if not found:
             return False
@@ -398,17 +417,6 @@ class World(Faults, Control):
                 del node.segments[place]
         self.truth.check(f"{node.name} freed")
 
-    def do_persist(self, a: int, b: int) -> bool:
-        """A committed step becomes durable, whole or not at all."""
-        key = self.truth.protected
-        every = self.shape.persist_every
-        if not every or key is None or key[1] % every or key in self.storage or key[0] != self.generation:
-            return False
-        if key not in self.truth.restorable():
-            return False
-        self.storage[key] = self.truth.content(key)
-        return True
-
     # -- without further faults ----------------------------------------------------------------------------------------
 
     def settle(self, commits: int = 2, rounds: int = 60) -> None:
@@ -427,7 +435,7 @@ class World(Faults, Control):
                         break
             if self.truth.num_commits >= wanted:
                 assert self.run is not None
-                return self.truth.check_samples(self.run.content)
+                return self.truth.check_samples(self.run.content, self.control_log.skips())
             if self.phase == "decide" and not self.act("control"):
                 return None
         raise Violation(f"I12: no commit in {rounds} rounds\n{self.describe()}")

@@ -152,7 +152,7 @@ class Trainer:
     registered: bool = False  # its heartbeat names it, so a fence finds it
     loaded: bool = False
     seeded: bool = False
-    copying: tuple[Slot, int] | None = None  # and its sequence when the copy began
+    copying: tuple[tuple[Slot, int], ...] = ()  # slots and their sequences when the copy began, parity first
 
     @property
     def acts(self) -> bool:
@@ -179,6 +179,17 @@ class Run:
     @property
     def training(self) -> bool:
         return all(t.seeded for t in self.trainers)
+
+
+@dataclass(eq=False)
+class Persist:
+    """A step on its way into storage, led by the process `smp` in a term of it."""
+
+    key: Key
+    leader: Node
+    smp: Smp
+    term: Term
+    waiting: list[str]  # nodes that have not written theirs
 
 
 @dataclass(frozen=True)
@@ -238,3 +249,4 @@ class Shape:
     slots: int = 2
     persist_every: int = 0
     sizes: tuple[int, ...] = ()
+    local_parity: bool = False

@@ -20,7 +20,7 @@ from tests.protocol_model import PROGRESS, World
 from tests.protocol_parts import Rules, Shape, Violation
 
 Act = tuple[str, int, int]
-PACE = dict.fromkeys(PROGRESS, 10.0) | {"deliver": 20.0, "report": 20.0, "persist": 2.0, "abort": 0.3}
+PACE = dict.fromkeys(PROGRESS, 10.0) | {"deliver": 20.0, "report": 20.0, "persist": 10.0, "abort": 0.3}
 REPAIR = {"go_on": 1.0, "heal": 0.5}
 FAULTS = tuple(kind for kind in (*TROUBLE, *DISASTER) if kind not in REPAIR)
 SHAPES = (
@@ -30,7 +30,8 @@ SHAPES = (
     Shape(nodes=4, scheme="reed_solomon", k=2),
     Shape(nodes=2, per_node=2, group=2),
     Shape(nodes=3, spares=0, sizes=(2, 3), persist_every=2),
-    Shape(nodes=3, scheme="replica", k=1, slots=3),
+    Shape(nodes=3, scheme="replica", k=1, slots=3, persist_every=1),
+    Shape(nodes=3, local_parity=True),
 )
 
 
@@ -143,8 +144,8 @@ def main() -> int:
         commits += world.truth.num_commits
         generations += world.generation
     print(
-        f"{given.schedules} schedules of {given.length} acts in {time.perf_counter() - began:.1f} s: {commits} commits, "
-        f"{generations} generations, {broken} broken"
+        f"{given.schedules} schedules of {given.length} acts in {time.perf_counter() - began:.1f} s: "
+        f"{commits} commits, {generations} generations, {broken} broken"
     )
     return 1 if broken else 0
 

@@ -27,8 +27,22 @@ class Truth:
         self.gone: set[int] = set()  # ranks of `protected` of which a fault took something since the commit
         self.spoils: list[tuple[Key, int]] = []  # damaged copies: snapshot and rank
         self.losses: list[tuple[str, int]] = []  # nodes that went, and how many generations there were by then
+        self.before: Key | None = None  # the commit before `protected`
         self.floor: Key | None = None  # what may not be lost: `protected`, or what a later generation keeps of it
         self.num_commits = 0
+        self.left: dict[int, int] = {}  # generation -> the step to which it went back
+
+    def void(self, key: Key) -> bool:
+        """Whether a snapshot belongs to a history that was left on purpose."""
+        return any(key[0] <= generation and key[1] > step for generation, step in self.left.items())
+
+    def go_back(self, generation: int, step: int) -> None:
+        """Take note that a generation ends by going back to a step.
+
+        What it has in memory may go until the next one begins: only storage keeps a step that is gone back to.
+        """
+        self.left[generation] = step
+        self.protected = self.floor = self.before = None
 
     def k(self, group: tuple[int, ...]) -> int:
         return num_parity(self.shape.scheme, self.shape.k, len(group))
@@ -52,7 +66,9 @@ class Truth:
         return {
             key
             for key, held in copies.items()
-            if key[0] in self.worlds and all(self._whole(g, held, gone) for g in self.worlds[key[0]].groups)
+            if key[0] in self.worlds
+            and not self.void(key)
+            and all(self._whole(g, held, gone) for g in self.worlds[key[0]].groups)
         }
 
     def _whole(self, group: tuple[int, ...], held: Mapping[tuple[str, int], set[str]], gone: set[str]) -> bool:
@@ -86,23 +102,23 @@ class Truth:
 
     def committed(self, key: Key) -> None:
         """Take note that a leader has licensed the freeing of what is older: this much must survive from now on."""
-        if self.protected is not None and key <= self.protected:
+        if key[0] <= max(self.left, default=0) or (self.protected is not None and key <= self.protected):
             return
-        before, self.protected, self.floor = self.protected or key, key, key
+        self.before, self.protected, self.floor = self.protected or key, key, key
         self.num_commits += 1
         # Who was hit while that generation ran. Whoever lacks the step for another reason is no excuse for its loss. A
         # damaged copy of the commit before counts too: a recovery may have to choose which of the two it keeps.
         world = self.worlds[key[0]]
         nodes = {name for name, generation in self.losses if generation >= key[0]}
         self.gone = {m.rank for m in world.members if m.node in nodes or not self.nodes[m.node].there}
-        self.gone |= {rank for spoiled, rank in self.spoils if spoiled >= before}
+        self.gone |= {rank for spoiled, rank in self.spoils if spoiled >= self.before}
         self.check("committed")
 
     def spoiled(self, key: Key | None, rank: int) -> None:
-        """Take note of a fault that took one copy. What is newer than the commit may be all that is kept of it."""
+        """Take note of a fault that took one copy. What is newer than a commit may be all that is kept of it."""
         if key is not None:
             self.spoils.append((key, rank))
-            if self.protected is not None and key >= self.protected:
+            if self.before is not None and key >= self.before:
                 self.gone.add(rank)
 
     def lost(self, node: Node) -> None:
@@ -137,16 +153,25 @@ class Truth:
                 if newest is None or newest < self.floor:
                     raise Violation(
                         f"I2, I3: {what}: without {lost or 'anything more'} the newest is {newest}, but "
-                        f"{self.protected} was committed and {self.floor} was to be kept (ranks lost before: {sorted(self.gone)})"
+                        f"{self.protected} was committed and {self.floor} was to be kept (lost before: ranks "
+                        f"{sorted(self.gone)})"
                     )
             if not losses:
                 return
 
-    def check_samples(self, content: Key | None) -> None:
-        """Assert I10: the updates that led to a state took each sample once, in order."""
+    def check_samples(self, content: Key | None, skipped: Iterable[tuple[int, int]] = ()) -> None:
+        """Assert I10: the updates that led to a state took each sample once, in order, but for those skipped."""
         samples = []
         while content is not None:
             content, sample = self.history[content]
             samples.append(sample)
-        if samples[::-1] != list(range(len(samples))):
-            raise Violation(f"I10: samples {samples[::-1]}")
+        left_out = {sample for first, stop in skipped for sample in range(first, stop)}
+        if samples[::-1] != [i for i in range(max(samples, default=-1) + 1) if i not in left_out]:
+            raise Violation(f"I10: samples {samples[::-1]}, left out {sorted(left_out)}")
+
+    def hit(self, key: Key, node: str) -> bool:
+        """Whether a fault is to blame for what a node lacks of a snapshot."""
+        ranks = {m.rank for m in self.worlds[key[0]].members if m.node == node}
+        return any(n == node and g >= key[0] for n, g in self.losses) or any(
+            spoiled == key and rank in ranks for spoiled, rank in self.spoils
+        )

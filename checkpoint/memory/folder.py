@@ -11,6 +11,7 @@ Must not know: torch, what segments hold, networks.
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import json
 import os
@@ -30,6 +31,7 @@ from windlass.dist.errors import CheckpointError
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}")
 _SEGMENT = re.compile(r"(data|parity)-(\d{5,})-(\d+)x(\d+)-(\d+)\.seg")
+RESERVE_BYTES = 1 << 20  # held back for small files, such as who is a member
 SPARE_BYTES = 8 << 20  # of the base: headers of other files, what other programs take meanwhile
 
 
@@ -102,14 +104,41 @@ class NodeFolder:
                 _check_owner(folder)
             for name in ("layouts", "beats", "verdicts"):
                 (self.path / name).mkdir(mode=0o700, exist_ok=True)
+            self._reserve()
             if token is not None or not self.token_path.exists():
                 self.replace(self.token_path, (token or secrets.token_hex(32)).encode())
         except OSError as error:
             raise CheckpointError(f"the folder of snapshots {self.path} could not be made: {error}") from error
         return self
 
+    def _reserve(self) -> None:
+        """Hold some room back for small files; give it up, for them, where others have filled the file system."""
+        disk = os.statvfs(self.base)
+        free = disk.f_bavail * disk.f_frsize
+        if free < RESERVE_BYTES // 4:
+            self._reserve_path.unlink(missing_ok=True)
+        elif free > 2 * RESERVE_BYTES and not self._reserve_path.exists():
+            fd = os.open(self._reserve_path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            try:
+                os.posix_fallocate(fd, 0, RESERVE_BYTES)
+            finally:
+                os.close(fd)
+
+    @property
+    def _reserve_path(self) -> Path:
+        return self.path / "reserve"
+
     def replace(self, path: Path, data: bytes) -> None:
         """Write a file of this folder so that readers see the old bytes or the new ones."""
+        try:
+            self._replace(path, data)
+        except OSError as error:
+            if error.errno != errno.ENOSPC or not self._reserve_path.exists():
+                raise
+            self._reserve_path.unlink(missing_ok=True)
+            self._replace(path, data)
+
+    def _replace(self, path: Path, data: bytes) -> None:
         partial = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}")
         fd = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         try:
@@ -164,7 +193,10 @@ class NodeFolder:
 
     def touch_lease(self) -> None:
         """Say that somebody needs this folder."""
-        self.replace(self.lease_path, str(os.getpid()).encode())
+        try:
+            os.utime(self.lease_path)  # takes no room
+        except FileNotFoundError:
+            self.replace(self.lease_path, b"")
 
     def lease_age_s(self) -> float:
         """Return the seconds since somebody needed this folder."""
@@ -248,7 +280,7 @@ class NodeFolder:
     def check_room(self, num_bytes: int, what: str) -> None:
         """Raise CheckpointError unless this many more bytes can be had, with what would work."""
         free = self.room() - SPARE_BYTES
-        if num_bytes <= free:
+        if num_bytes <= max(free, 0):
             return
         held = sum(s.path.stat().st_size for s in self.segments())
         raise CheckpointError(
@@ -324,12 +356,15 @@ def collect_garbage(base: Path, lease_s: float) -> list[NodeFolder]:
 
     Return them.
     """
-    removed = []
-    for folder in list_jobs(base):
-        process = folder.read_smp()
-        beats = [read_heartbeat(path) for path in folder.beating().values()]
-        alive = (process is not None and process.alive) or any(b and is_alive(b.pid, b.started) for b in beats)
-        if not alive and folder.lease_age_s() > lease_s:
-            folder.remove()
-            removed.append(folder)
-    return removed
+    garbage = [folder for folder in list_jobs(base) if is_garbage(folder, lease_s)]
+    for folder in garbage:
+        folder.remove()
+    return garbage
+
+
+def is_garbage(folder: NodeFolder, lease_s: float) -> bool:
+    """Tell whether nobody has needed a folder for `lease_s`, and no living process serves or trains in it."""
+    process = folder.read_smp()
+    beats = [read_heartbeat(path) for path in folder.beating().values()]
+    alive = (process is not None and process.alive) or any(b and is_alive(b.pid, b.started) for b in beats)
+    return not alive and folder.lease_age_s() > lease_s

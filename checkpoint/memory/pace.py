@@ -23,10 +23,11 @@ class Pace:
         bytes_per_s: float = 0.0,
         *,
         clock: Callable[[], float] = time.monotonic,
-        sleep: Callable[[float], None] = time.sleep,
+        sleep: Callable[[float], object] | None = None,
     ) -> None:
         self.bytes_per_s = bytes_per_s
-        self._clock, self._sleep = clock, sleep
+        self._lifted = threading.Event()
+        self._clock, self._sleep = clock, sleep or self._lifted.wait
         self._lock = threading.Lock()
         self._free_at = clock()
 
@@ -41,6 +42,11 @@ class Pace:
             now = self._clock()
             self._free_at = max(self._free_at, now - CATCH_UP_S) + num_bytes / self.bytes_per_s
             return max(self._free_at - now, 0.0)
+
+    def lift(self) -> None:
+        """Let everything pass at once from now on, also what waits."""
+        self.bytes_per_s = 0.0
+        self._lifted.set()
 
     def spend(self, num_bytes: int) -> float:
         """Wait until this many more bytes have had the time to pass; return the seconds waited.

@@ -6,6 +6,7 @@ wait for storage. Must not know: files, sockets (nodes are asked by name), segme
 
 from __future__ import annotations
 
+import contextlib
 import json
 import threading
 import time
@@ -23,6 +24,7 @@ from windlass.dist.errors import CheckpointError
 POLL_S = 0.05
 RETRY_S = 0.2
 ATTEMPTS = 3
+TOLD_S = 10.0  # whoever asks now and then has seen a problem by then
 LONGEST_S = 24 * 3600.0  # for one checkpoint; a node that does not answer is noticed after the peer timeout
 
 
@@ -66,6 +68,7 @@ class Persisting:
         }
         self._running: dict[str, int] = {}  # step by level
         self._failed: dict[tuple[str, int], tuple[float, str]] = {}  # when and why
+        self._failed_at = -TOLD_S
         self._stopped = threading.Event()
 
     def _remembered(self) -> dict[str, Saved]:
@@ -117,9 +120,13 @@ class Persisting:
             if done is not None:
                 self._saved[level] = done
                 self.folder.replace(self._path, json.dumps({k: vars(v) for k, v in self._saved.items()}).encode())
-                self._publish(problem="")
+                if began - self._failed_at > TOLD_S:
+                    self._publish(problem="")
+                else:
+                    self._publish()  # the problem is still news
             else:
-                self._failed[level, step] = (time.monotonic(), problem)
+                self._failed_at = time.monotonic()
+                self._failed[level, step] = (self._failed_at, problem)
                 self._log(f"step {step} could not be written to {level}: {problem}")
                 self._publish(problem=f"step {step} could not be written to {level}: {problem}")
 
@@ -202,6 +209,7 @@ class Persisting:
         """
         asked = time.monotonic()
         end = asked + deadline_s
+        self._hurry()
         if not self.term.settings.storage:
             raise CheckpointError("flush: the snapshot process was given no storage (a folder or checkpoint.url)")
         if at_least > NOTHING:
@@ -224,6 +232,16 @@ class Persisting:
                     raise CheckpointError(
                         f"flush: step {step} was not durable within {deadline_s:g} s: waiting for {silent}"
                     )
+
+    def _hurry(self) -> None:
+        """Have all nodes write without a limit of bandwidth: whoever flushes waits for it."""
+
+        def tell(node: str) -> None:
+            with contextlib.suppress(CheckpointError):  # it writes later than it could
+                self.peers.ask(node, "hurry", {})
+
+        for node in self.peers.nodes:
+            threading.Thread(target=tell, args=(node,), name="snapshot-hurry", daemon=True).start()
 
     def stop(self) -> None:
         """Give up what is under way, because a newer generation has begun."""

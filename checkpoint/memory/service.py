@@ -6,6 +6,7 @@ is gone, and when nobody has needed it for a lease. Must not know: torch (it sta
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import json
 import os
@@ -18,7 +19,7 @@ from typing import Any
 
 from windlass.checkpoint.memory.drive import Drive
 from windlass.checkpoint.memory.duty import Duty
-from windlass.checkpoint.memory.folder import NodeFolder, SnapshotProcess
+from windlass.checkpoint.memory.folder import NodeFolder, SnapshotProcess, is_garbage, list_jobs
 from windlass.checkpoint.memory.hashing import Hasher
 from windlass.checkpoint.memory.header import State
 from windlass.checkpoint.memory.heartbeat import is_alive, process_started, read_heartbeat
@@ -44,7 +45,8 @@ MAX_CONNECTIONS = 1024
 def log(line: str) -> None:
     """Write a line to standard error, which is the log in the folder once this process is detached."""
     stamp = time.strftime("%Y-%m-%d %H:%M:%S")
-    os.write(2, f"{stamp} {line}\n".encode())
+    with contextlib.suppress(OSError):  # it lies in memory, which may be full
+        os.write(2, f"{stamp} {line}\n".encode())
 
 
 class Service:
@@ -255,6 +257,7 @@ class Service:
         self.folder.touch_lease()
         self.folder.write_smp(self.served)
         threading.Thread(target=self._hash_for_ever, name="snapshot-hash", daemon=True).start()
+        self._collect_garbage()
         while not self._ending.wait(TOUCH_S / 4):
             if not self._is_mine():
                 log("the folder is gone: so is the node, as far as the job is concerned")
@@ -271,6 +274,16 @@ class Service:
         self._server.close(timeout_s=1.0)
         if self._remove and self._is_mine():
             self.folder.remove()
+
+    def _collect_garbage(self) -> None:
+        """Remove what dead jobs have left on this machine, each after its own lease."""
+        for folder in list_jobs(self.folder.base):
+            try:
+                if folder != self.folder and is_garbage(folder, Settings.read_from(folder).lease_s):
+                    folder.remove()
+                    log(f"job {folder.job}, {folder.node}: its lease is over and nobody is left: removed")
+            except (CheckpointError, OSError) as error:  # it is none of ours
+                log(f"job {folder.job}, {folder.node}: {error}")
 
     def _touch(self) -> None:
         self._touched = time.monotonic()

@@ -184,22 +184,21 @@ class NodeSlots:
         """Make room for the first snapshot of a new generation, which all of whose ranks have been restored.
 
         Of what older generations left, `anchor` stays: the newest snapshot that survives another node's loss, as all
-        ranks have agreed (None: the newest that this node knows to be committed). So does the restored one, unless
-        there is no room otherwise: one that was never protected is worth less than an older one that is.
+        ranks have agreed. So does the restored one, unless there is no room otherwise: one that was never protected is
+        worth less than an older one that is. Nothing stays by what this node alone knows, or nodes would find room for
+        different steps. Where neither is in memory, the run began anew or came from storage, and nothing is needed.
         """
         with self._lock:
             self.refresh()
             for shelf in self.shelves():
                 old = [(s, h) for s in shelf.segment.slots if (h := self.header(s)) and h.generation < generation]
-                committed = [(h.generation, h.step) for _, h in old if h.state == State.COMMITTED]
-                keep = anchor or max(committed, default=None)
                 for slot, header in old:
-                    if (header.generation, header.step) not in (keep, restored) or header.state < State.COPIED:
+                    if (header.generation, header.step) not in (anchor, restored) or header.state < State.COPIED:
                         slot.free(header)
                 full = all(self.header(slot) is not None for slot in shelf.segment.slots)
                 for slot, header in old:
                     at = (header.generation, header.step)
-                    if full and not shelf.retired and at == restored and at != keep:
+                    if full and not shelf.retired and at == restored and at != anchor:
                         slot.free(header)
 
     def discard(self, generation: int) -> list[str]:

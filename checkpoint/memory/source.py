@@ -89,15 +89,14 @@ class MemorySource:
     """The bytes of every rank of one step: a `Files` of `checkpoint.storage`.
 
     `rank` is who reads, for messages and drills. A copy that cannot be read is tried again for `timeout_s`, because a
-    snapshot process that ended comes back with all it held. `bad` collects copies with the reason, `repaired` says what
-    was computed although somebody should have had it.
+    snapshot process that ended comes back with all it held. `bad` collects copies with the reason.
     """
 
     def __init__(self, choice: Choice, world: Membership, reach: Reach, *, rank: int = 0, timeout_s: float = 10.0):
         self.choice, self.world, self.rank, self.timeout_s = choice, world, rank, timeout_s
         self.place = f"step {choice.step} of generation {choice.generation} in memory"
         self.bad: dict[Held, str] = {}
-        self.repaired: list[str] = []
+        self._computed: dict[tuple[int, str], list[int]] = {}  # chunks by rank and reason
         self._reach = reach
         self._lock = threading.Lock()
         self._copies: dict[Held, Copy] = {}
@@ -259,6 +258,19 @@ class MemorySource:
             elif held not in self._copies:
                 self._gone.add(held)
 
+    @property
+    def repaired(self) -> list[str]:
+        """Say in a line for each rank and reason what was computed although somebody should have had it."""
+        told = []
+        for (rank, why), chunks in list(self._computed.items()):
+            what = (
+                f"chunk {chunks[0]} of rank {rank} was"
+                if len(chunks) == 1
+                else f"{len(chunks)} chunks of rank {rank} were"
+            )
+            told.append(f"{what} computed: {why}")
+        return told
+
     # -- what nobody has ---------------------------------------------------------------------------------------------
 
     def _compute(self, rank: int, wanted: Mapping[int, memoryview]) -> tuple[dict[int, memoryview], str]:
@@ -286,7 +298,7 @@ class MemorySource:
                 wanted[number][:] = found[low : low + len(wanted[number])]
                 del left[number]
                 if self.choice.data.get(rank):
-                    self.repaired.append(f"chunk {number} of rank {rank} was computed: {self._lost(rank)}")
+                    self._computed.setdefault((rank, self._lost(rank)), []).append(number)
         return left, reason
 
     def _decoder_of(self, rank: int) -> Decoder | None:

@@ -203,6 +203,10 @@ class Verbs:
     def do_persist_forget(self, fields: Fields, payload: memoryview) -> Answer:
         return self.process.on_duty().writing.forget(str(fields["level"]), int(fields["step"])), None
 
+    def do_hurry(self, fields: Fields, payload: memoryview) -> Answer:
+        self.process.on_duty().writing.persister.hurry()
+        return {}, None
+
     def do_flush(self, fields: Fields, payload: memoryview) -> Answer:
         """Have the leader make a step durable, whichever node is asked."""
         duty = self.process.on_duty()

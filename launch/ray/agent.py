@@ -50,6 +50,7 @@ class NodeAgent:
         self._site = site
         self._folder = site.folder.create(site.token)
         self._raylet = os.getppid()
+        records.end([r for r in records.recorded(self._folder) if r.path.stem == "agent"], KILL_S)  # it may hang
         self._memory = _memory(site)
         self._struck = False
         self._busy = threading.Lock()
@@ -75,8 +76,10 @@ class NodeAgent:
         self._heard = time.monotonic()
         return [] if self._memory is None else self._memory.tend()
 
-    def fence(self, generation: int) -> None:
+    def fence(self, generation: int, anew: bool = False) -> None:
         """Let nothing of an older generation change anything here, and have a snapshot process.
+
+        `anew`: nothing here has answered, so the actors of workers go too.
 
         Blocks:      host, some seconds
         Raises:      CheckpointError naming the node and what is left
@@ -85,9 +88,9 @@ class NodeAgent:
         with self._busy:
             self._folder.create(self._site.token)
             self._folder.raise_generation(generation)
-            left = records.end(records.workers(self._folder, older_than=generation), KILL_S)
-            if left:
-                raise CheckpointError(f"{self._folder.node}: workers {left} of an older generation cannot be killed")
+            older = records.recorded(self._folder) if anew else records.workers(self._folder, older_than=generation)
+            if left := records.end(older, KILL_S):
+                raise CheckpointError(f"{self._folder.node}: processes {left} of before cannot be killed")
             if self._memory is not None:
                 self._memory.fence(generation)
         self.beat()

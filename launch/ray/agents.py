@@ -7,6 +7,7 @@ process on it no longer listens, or when nothing on it has answered for BEAT_S x
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, final
@@ -46,6 +47,7 @@ class Agents:
     def __init__(self, wishes: Wishes, places: Places) -> None:
         self._wishes, self._places = wishes, places
         self._agents: dict[str, _Agent] = {}
+        self._dropped: Counter[str] = Counter()
         self._beaten = 0.0
 
     def __contains__(self, name: str) -> bool:
@@ -57,23 +59,30 @@ class Agents:
         if known is None or known.node_id != place.node_id:
             wishes = self._wishes
             site = Site(wishes.folder(place.name), wishes.token, wishes.snapshots, wishes.local_dir, wishes.lease_s)
-            handle = actor_on(place, NodeAgent, wishes.job, f"agent-{place.name}", {}).remote(site)
+            name = f"agent-{place.name}-{self._dropped[place.name]}"  # one that hangs keeps its name
+            handle = actor_on(place, NodeAgent, wishes.job, name, {}).remote(site)
             known = self._agents[place.name] = _Agent(handle, place.node_id)
         return known
 
+    def _drop(self, name: str) -> None:
+        """Have nothing more to do with an agent; its successor ends what is left of it."""
+        del self._agents[name]
+        self._dropped[name] += 1
+
     def begin_fence(self, place: Place, generation: int) -> None:
-        """Have the agent of a place, and let it fence; `listen` sees what comes of it."""
+        """Have the agent of a place, and let it fence; `tend` sees what comes of it. What was lost begins anew."""
         agent = self._on(place)
-        agent.ask(agent.handle.fence.remote(generation), FENCE_S)
+        agent.ask(agent.handle.fence.remote(generation, bool(place.lost)), FENCE_S)
+        place.lost = ""
 
     def fence(self, places: Sequence[Place], generation: int) -> None:
         """Fence nodes, all at once; those where that fails count as lost.
 
         Blocks:      host, at most FENCE_S
         """
-        tries = {place.name: 0 for place in places}
-        for place in places:
-            self.begin_fence(place, generation)
+        tries = {place.name: 0 for place in places if not place.lost or place.answers()}
+        for name in tries:
+            self.begin_fence(self._places[name], generation)
         while tries:
             self._places.refresh()
             for name in list(tries):
@@ -88,7 +97,7 @@ class Agents:
                         ray.get(agent.call)
                 except RayActorError:
                     tries[name] += 1
-                    del self._agents[name]
+                    self._drop(name)
                     if tries[name] < BEATS and place.answers():
                         self.begin_fence(place, generation)
                         continue
@@ -97,6 +106,8 @@ class Agents:
                     place.lost = cause_of(exc)
                 del tries[name]
                 agent.call = None
+                if place.lost and name in self._agents:
+                    self._drop(name)
 
     def tend(self, generation: int, answers: Callable[[Place], bool]) -> list[str]:
         """Listen to every agent, speak to it once in BEAT_S, and return news. `answers`: something else of a node does.
@@ -134,7 +145,7 @@ class Agents:
         except RayError as exc:
             agent.call = None
             return [f"{name}: {cause_of(exc)}"]
-        del self._agents[name]
+        self._drop(name)
         if place.lost:
             return []
         self.begin_fence(place, generation)
@@ -169,7 +180,7 @@ class Agents:
                 try:
                     ray.get(call, timeout=max(until - time.monotonic(), 0.0))
                 except RayActorError:
-                    del self._agents[place.name]
+                    self._drop(place.name)
                     if place.answers():
                         todo.append(place)
                 except (RayError, GetTimeoutError):
@@ -186,7 +197,7 @@ class Agents:
         try:
             ray.get(self._on(place).handle.beat.remote(), timeout=ANSWER_S)
         except (RayError, GetTimeoutError):  # struck before
-            self._agents.pop(place.name, None)
+            self._drop(place.name)
             self.fence([place], generation)
         if place.name not in self._agents or not place.usable:
             raise ConfigError(f"--kill {kind}={place.name}: it is lost already ({place.lost or 'Ray says so'})")

@@ -8,13 +8,15 @@ from __future__ import annotations
 import logging
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import ray
 from ray.util.placement_group import placement_group, remove_placement_group
 
 from windlass.dist.errors import ConfigError, PlanError
+from windlass.launch.local import LaunchConfig
+from windlass.launch.ray.emulated import emulated
 from windlass.launch.ray.placement import Placement, check_fits
 
 OBJECT_STORE_BYTES = 96 << 20  # only lines and reports pass through Ray
@@ -53,6 +55,20 @@ def connected(address: str, num_workers: int, *, namespace: str | None = None) -
         yield
     finally:
         ray.shutdown()
+
+
+@contextmanager
+def cluster_for(
+    address: str, config: LaunchConfig, num_nodes: int, *, emulate: bool = False, namespace: str | None = None
+) -> Iterator[str]:
+    """Connect to a cluster and yield its address. `local` with several nodes, or with `emulate`, is emulated here."""
+    with ExitStack() as stack:
+        if address == "local" and (emulate or num_nodes > 1):
+            nodes = max(num_nodes, 1)
+            spares = config.spares if emulate else 0
+            address = stack.enter_context(emulated(nodes + spares, -(-config.workers // nodes))).address
+        stack.enter_context(connected(address, config.workers, namespace=namespace))
+        yield address
 
 
 def _check_address(address: str) -> None:

@@ -28,9 +28,8 @@ from windlass.launch.decide import Limits
 from windlass.launch.drill import Strike
 from windlass.launch.local import LaunchConfig, WorkerCommand
 from windlass.launch.ray import records
-from windlass.launch.ray.cluster import connected, wants_gpu
+from windlass.launch.ray.cluster import cluster_for, wants_gpu
 from windlass.launch.ray.controller import JobController, RayJob
-from windlass.launch.ray.emulated import emulated
 from windlass.launch.ray.placement import plan_placement
 from windlass.launch.ray.wishes import NAMESPACE, Wishes, actor_prefix
 from windlass.launch.ray.worker_actor import forwarded
@@ -71,10 +70,14 @@ def launch_recovering(
 ) -> int:
     """Run `config.workers` workers in a Ray cluster, starting them again after failures; return the run's exit code.
 
-    With the address `local` and more than one node this machine emulates them, and `config.spares` more.
+    With the address `local` this machine emulates the nodes, and `config.spares` more.
     """
     plan_placement(config.workers, num_nodes=num_nodes, spread=spread, gpu=False)  # mistakes show before Ray starts
-    with _cluster(address, config, num_nodes) as where, StopRequests().listening() as stop:
+    with (
+        _without_news(),
+        cluster_for(address, config, num_nodes, emulate=True, namespace=NAMESPACE) as where,
+        StopRequests().listening() as stop,
+    ):
         wishes = Wishes(
             job=job_of(recovering.run),
             token=job_token(recovering.run),
@@ -109,19 +112,6 @@ def launch_recovering(
             end_job(wishes.job)
             if where != address:
                 _sweep(wishes, keep_snapshots=code != 0)
-
-
-@contextlib.contextmanager
-def _cluster(address: str, config: LaunchConfig, num_nodes: int) -> Iterator[str]:
-    """Connect to a cluster and yield its address; emulate one where that is wanted."""
-    with contextlib.ExitStack() as stack:
-        if address == "local":
-            nodes = max(num_nodes, 1)
-            made = stack.enter_context(emulated(nodes + config.spares, -(-config.workers // nodes)))
-            address = made.address
-        stack.enter_context(_without_news())
-        stack.enter_context(connected(address, config.workers, namespace=NAMESPACE))
-        yield address
 
 
 @contextlib.contextmanager

@@ -102,8 +102,8 @@ class RayFleet:
         """Return the nodes that hold the job, would be the first to, or are spare: they have agents."""
         wanted, missing, spares = [], self._wishes.config.workers, self._wishes.config.spares
         for node in self.nodes():
-            if not node.alive or node.slots <= 0:
-                continue
+            if not self._places[node.name].alive or node.slots <= 0:
+                continue  # one that was taken for lost may answer again
             used = node.name in self._agents or node.name in self._seating.used
             if used or missing > 0 or spares > 0:
                 wanted.append(self._places[node.name])
@@ -115,8 +115,6 @@ class RayFleet:
 
     def fence(self, generation: int) -> None:
         self._generation = generation
-        for place in self._places.all():
-            place.lost = ""  # it may answer again
         self._agents.fence(self._wanted(), generation)
 
     def start(self, generation: int, seating: Seating, variables: Mapping[str, str]) -> RayWorkers:

@@ -107,12 +107,12 @@ class Places:
         return self._names[node_id]
 
     def room(self) -> dict[str, int]:
-        """Return how many more workers every usable node could hold now."""
+        """Return how many more workers every living node could hold now."""
         free = available_resources_per_node()
         return {
             place.name: max(int(min(free.get(place.node_id, {}).get(k, 0.0) // a for k, a in self._worker.items())), 0)
             for place in self._places.values()
-            if place.usable
+            if place.alive
         }
 
     def draining(self) -> dict[str, float]:

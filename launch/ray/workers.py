@@ -19,7 +19,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from windlass.dist.errors import WorkerError
 from windlass.launch.failure import Exit, Failure
 from windlass.launch.local import LaunchConfig, WorkerCommand, prefixed
-from windlass.launch.ray.cluster import connected, reserved, wants_gpu
+from windlass.launch.ray.cluster import cluster_for, reserved, wants_gpu
 from windlass.launch.ray.placement import Placement, plan_placement, seat_workers
 from windlass.launch.ray.worker_actor import ActorFacts, Line, WorkerActor, meeting_point, worker_variables
 from windlass.launch.supervisor import StopRequests, conclude, supervise
@@ -77,6 +77,8 @@ class RayWorkers:
             try:
                 polled = ray.get(call)
             except RayActorError as exc:
+                if rank in self._gone:
+                    continue  # somebody knows better why
                 exits.append(_killed(rank, self._died(rank, str(exc).partition("\n")[0])))
                 continue
             self.heard[rank] = time.monotonic()
@@ -86,6 +88,7 @@ class RayWorkers:
             if polled.code is None:
                 self._poll(rank)
             else:
+                self._gone.pop(rank, None)
                 exits.append(Exit(rank, polled.code, time.time(), polled.failure, stopped=False))
         return exits + self._given_up()
 
@@ -190,9 +193,12 @@ def streams_shown(rank: int, config: LaunchConfig) -> tuple[str, ...]:
 def launch_ray(
     command: WorkerCommand, config: LaunchConfig, *, address: str, num_nodes: int, spread: bool, device: str
 ) -> int:
-    """Run `config.workers` workers in a Ray cluster and return the exit code of the run. A failure ends it."""
+    """Run `config.workers` workers in a Ray cluster and return the exit code of the run. A failure ends it.
+
+    With the address `local` and more than one node this machine emulates them.
+    """
     plan_placement(config.workers, num_nodes=num_nodes, spread=spread, gpu=False)  # mistakes show before Ray starts
-    with connected(address, config.workers), StopRequests().listening() as stop:
+    with cluster_for(address, config, num_nodes), StopRequests().listening() as stop:
         gpu = wants_gpu(device, config.workers)
         placement = plan_placement(config.workers, num_nodes=num_nodes, spread=spread, gpu=gpu)
         with reserved(placement) as group:

@@ -24,7 +24,7 @@ import shutil
 import signal
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
@@ -37,6 +37,7 @@ from windlass.checkpoint.memory import pids
 from windlass.checkpoint.memory.client import SnapshotClient
 from windlass.checkpoint.memory.folder import NodeFolder, list_jobs
 from windlass.checkpoint.memory.header import SlotHeader
+from windlass.checkpoint.memory.membership import Membership
 from windlass.checkpoint.memory.segment import Segment, Slot
 from windlass.checkpoint.memory.status import Status
 from windlass.checkpoint.reader import CheckpointReader
@@ -130,20 +131,38 @@ class Live:
         """Return the folder in memory of a node."""
         return self.memories[f"node-{node}"].folder
 
-    def status(self, node: int = 0) -> Status:
-        """Ask the snapshot process of a node how it is."""
-        with SnapshotClient.of(self.memory(node)) as client:
+    def status(self, node: int | None = None) -> Status:
+        """Ask the snapshot process of a node, of that of rank 0 if none is given, how it is."""
+        with SnapshotClient.of(self.memory(self.node_of(0) if node is None else node)) as client:
             return client.status()
 
-    def until_at(self, level: str, step: int, node: int = 0) -> None:
-        """Wait until a level ("ram", "peers", "local", "storage") holds a step, as a node sees it."""
+    def groups(self) -> tuple[tuple[int, ...], ...]:
+        """Return which ranks protect each other now."""
+        return self._membership().groups
+
+    def _membership(self) -> Membership:
+        folder = next(m.folder for m in self.memories.values() if m.folder.memberships())
+        path = folder.membership_path(folder.read_generation())
+        return Membership.parse(path.read_bytes(), str(path))
+
+    def until_at(self, level: str, step: int, node: int | None = None) -> None:
+        """Wait until a level ("ram", "peers", "local", "storage") holds a step, as a node, or that of rank 0, sees it."""
+
+        seen: object = None
 
         def there() -> bool:
-            with contextlib.suppress(CheckpointError):  # its snapshot process is being replaced
-                return self.status(node).newest.get(level, -1) >= step
-            return False
+            nonlocal seen
+            try:
+                seen = status = self.status(node)
+                return status.newest.get(level, -1) >= step
+            except CheckpointError as error:  # its snapshot process is being replaced
+                seen = error
+                return False
 
-        until(there, 15)
+        try:
+            until(there, 15)
+        except AssertionError:
+            raise AssertionError(f"{level} does not come to step {step}: {seen}") from None
 
     def segment(self, node: int, role: str, rank: int) -> Segment:
         """Open the newest segment of a rank for writing."""
@@ -170,6 +189,29 @@ class Live:
         segment = self.segment(node, role, rank)
         self.slot(segment, step).data[at] ^= 0x40
         segment.close()
+
+    def wipe(self, node: int, role: str, rank: int, step: int) -> None:
+        """Destroy what says what a slot holds: both copies of its header."""
+        segment = self.segment(node, role, rank)
+        for copy in self.slot(segment, step)._copies:
+            copy[:] = 0
+        segment.close()
+
+    @contextlib.contextmanager
+    def unserved(self, node: int) -> Iterator[Path]:
+        """Give the folder of a node, which no snapshot process has open, until the next generation begins one."""
+        self.memories[f"node-{node}"].leave()
+        self.memories[f"node-{node}"].kill()
+        yield self.memory(node).path
+
+    def forget(self) -> None:
+        """Empty the memory of all nodes, as when all of them are switched off and on; local folders stay."""
+        for memory in self.memories.values():
+            memory.lose()
+
+    def node_of(self, rank: int) -> int:
+        """Return the number of the node on which a rank is."""
+        return int(self._membership().members[rank].node.removeprefix("node-"))
 
     def lose(self, *nodes: int) -> None:
         """Let nodes vanish now: processes, memory, local folders."""
@@ -211,6 +253,7 @@ class Told:
     steps: int
     leftovers: list[str] = field(default_factory=list)
     seconds: float = 0.0
+    memory: Path = Path()  # where its snapshots are
 
     @property
     def records(self) -> list[dict[str, Any]]:
@@ -317,7 +360,7 @@ class Lab:
         """Return the run that all others must equal: without snapshots, nodes or faults. Made once per shape."""
         key = (f"launch.workers={workers}", *(f"{name}={value}" for name, value in sorted(settings.items())))
         if key not in self._undisturbed:
-            told = self._run(key, (), "", {}, False)
+            told = self._run(key, (), "", {}, None)
             assert told.code == 0 and told.leftovers == [], told.said
             self._undisturbed[key] = told
         return self._undisturbed[key]
@@ -332,11 +375,20 @@ class Lab:
         fault: str = "",
         between: Mapping[int, Callable[[Live], object]] | None = None,
         settings: Sequence[str] = (),
+        pace: Sequence[str] = ("peers",),
+        memory: Path | None = None,
+        after: Told | None = None,
+        keep: bool = False,
     ) -> Told:
-        """Run a job that takes snapshots while something goes wrong; `settings` are overrides such as "zero.stage=3"."""
+        """Run a job that takes snapshots while something goes wrong; `settings` are overrides such as "zero.stage=3".
+
+        `pace`: the levels that keep up with training ("peers", "storage", "local"), see tests/fault/paced.py.
+        `memory`: where its snapshots are kept, instead of a folder of its own. `after`: start again in the folders of
+        a run that was told to `keep` what it leaves in memory.
+        """
         given = [f"launch.workers={workers}", f"launch.nodes={nodes}", f"launch.spares={spares}"]
         given += [*PROTECTED, "snapshot.redundancy=xor", *settings]
-        return self._run(given, strikes, fault, between or {}, True)
+        return self._run(given, strikes, fault, between or {}, pace, memory, after, keep)
 
     def _run(
         self,
@@ -344,20 +396,25 @@ class Lab:
         strikes: Sequence[str | Act],
         fault: str,
         between: Mapping[int, Callable[[Live], object]],
-        protected: bool,
+        pace: Sequence[str] | None,
+        memory: Path | None = None,
+        after: Told | None = None,
+        keep: bool = False,
     ) -> Told:
         self._runs += 1
         self._workers.clear()
-        run, memory = self.root / f"run-{self._runs}", self.new_memory()
+        run, memory = self.root / f"run-{self._runs}", memory or self.new_memory()
+        if after is not None:
+            run, memory = after.run, after.memory
         overrides = [f"train.run_dir={run}", f"snapshot.folder={memory}", *given]
         if any(text.startswith("checkpoint.local_every") for text in given):
             overrides.append(f"checkpoint.local_dir={self.root / f'local-{self._runs}'}")
         loaded, limits = prepared(load_job(self.job, overrides))
         config = loaded.config
-        run.mkdir()
+        run.mkdir(exist_ok=after is not None)
         command = worker_command(loaded)
-        if protected:
-            command = replace(command, arguments=("-m", "tests.fault.paced"))
+        if pace is not None:
+            command = replace(command, arguments=("-m", "tests.fault.paced", *pace))
         token, said, began = job_token(run), list[str](), time.monotonic()
         before = os.environ.get("WINDLASS_FAULT")
         try:
@@ -365,7 +422,7 @@ class Lab:
                 os.environ["WINDLASS_FAULT"] = fault
             memories = {
                 name: NodeMemory(NodeFolder(memory, job_of(run), name), token)
-                for name in (node_names(config.launch) if protected else ())
+                for name in (node_names(config.launch) if pace is not None else ())
             }
             fleet = LocalFleet(
                 command,
@@ -384,15 +441,17 @@ class Lab:
                 run,
                 variables={"WINDLASS_TOKEN": token},
                 strikes=_strikes(strikes),
-                say=said.append,
+                say=lambda text: said.append(text) or print(text, flush=True),
             )
             code = controller.run(stop)
             seconds = time.monotonic() - began
-            return Told(run, code, "\n".join(said), config.train.steps, self.left(memory), seconds)
+            left = [] if keep else self.left(memory)
+            return Told(run, code, "\n".join(said), config.train.steps, left, seconds, memory)
         finally:
             if fault:
                 os.environ.pop("WINDLASS_FAULT") if before is None else os.environ.update(WINDLASS_FAULT=before)
-            end_all(memory)
+            if not keep:
+                end_all(memory)
 
     def _spawn(
         self, command: WorkerCommand, variables: Mapping[str, str], *, stdout: int | None, stderr: int | None

@@ -1,6 +1,7 @@
 """A worker as in `windlass.launch.worker`, whose steps are long compared with protecting a snapshot, as real ones are.
 
-Rank 0 begins a step only when the snapshot of the step before the last one is protected on all nodes. What a failure
+Rank 0 begins a step only when the snapshot of the step before the last one is protected on all nodes (and is where else
+the command line says: "storage", "local"; none waits for ever). What a failure
 costs then follows from where it strikes, and not from how busy the machine of the tests is. The door "step" is where it
 waits; everything else is the product.
 """
@@ -19,6 +20,7 @@ from windlass.dist.errors import CheckpointError
 from windlass.launch import trainer
 from windlass.launch.control_log import job_of
 from windlass.launch.job import Loaded
+from windlass.launch.signals import hold_signals
 from windlass.launch.worker import work
 
 PATIENCE_S = 4.0  # a snapshot process that was killed is there again by then
@@ -26,31 +28,37 @@ LOOK_S = 0.002
 
 
 class Pace:
-    """Stands before every step of rank 0."""
+    """Stands before every step of rank 0 until the levels have what they shall have by then."""
 
-    def __init__(self, folder: NodeFolder) -> None:
-        self._folder = folder
+    def __init__(self, folder: NodeFolder, every: dict[str, int]) -> None:
+        self._folder, self._every = folder, every
 
     def __call__(self, point: str, *, rank: int, step: int) -> None:
         end = time.monotonic() + PATIENCE_S
-        while point == "step" and rank == 0 and step > 2 and self._protected() < step - 2 and time.monotonic() < end:
+        while point == "step" and rank == 0 and not self._kept(step - 2) and time.monotonic() < end:
             time.sleep(LOOK_S)
         fault(point, rank=rank, step=step)
 
-    def _protected(self) -> int:
+    def _kept(self, step: int) -> bool:
+        if step < 1:
+            return True
         try:
             with SnapshotClient.of(self._folder) as client:
-                return client.status().newest.get("peers", -1)
+                newest = client.status().newest
         except CheckpointError:
-            return -1
+            return False
+        return all(newest.get(level, -1) >= step // every * every for level, every in self._every.items())
 
 
-def run(loaded: Loaded) -> int:
+def run(loaded: Loaded, levels: list[str]) -> int:
     """Work as one rank."""
     config, env = loaded.config, read_process_env()
-    trainer.fault = Pace(NodeFolder(Path(config.snapshot.folder), job_of(config.train.run_dir), env.node))
+    every = {"peers": 1, "storage": config.checkpoint.every, "local": config.checkpoint.local_every}
+    folder = NodeFolder(Path(config.snapshot.folder), job_of(config.train.run_dir), env.node)
+    trainer.fault = Pace(folder, {level: every[level] for level in levels})
     return work(loaded, env)
 
 
 if __name__ == "__main__":
-    sys.exit(run(pickle.load(sys.stdin.buffer)))
+    hold_signals()
+    sys.exit(run(pickle.load(sys.stdin.buffer), sys.argv[1:]))

@@ -3,9 +3,9 @@
 Row 7   one node: idle, while its snapshot is copied, half encoded, between encoded and commit, after the commit
         -> test_a_node_lost_at_any_moment_costs_at_most_the_step_that_was_not_protected
 Row 9   two nodes of different groups at once
-        -> test_two_nodes_of_different_groups_are_restored_from_memory
+        -> test_two_nodes_of_different_groups_are_restored_from_memory_and_two_of_one_group_from_the_checkpoint
 Row 10  two nodes of one group: parity of one node falls back to the checkpoint, two parities or copies do not
-        -> test_two_nodes_of_one_group_are_more_than_xor_can_restore_so_the_checkpoint_is_used,
+        -> the same test, and
            test_two_nodes_of_one_group_are_restored_from_memory_where_the_scheme_allows_two
 Row 11  all nodes
         -> test_all_nodes_lost_at_once_go_on_from_the_newest_checkpoint
@@ -64,29 +64,33 @@ def test_a_node_lost_at_any_moment_costs_at_most_the_step_that_was_not_protected
     assert [record["nodes"] for record in told.of("lost")] == [[f"node-{number}"] for number in range(1, 6)]
 
 
-def test_two_nodes_of_different_groups_are_restored_from_memory(lab: Lab) -> None:
+def test_two_nodes_of_different_groups_are_restored_from_memory_and_two_of_one_group_from_the_checkpoint(
+    lab: Lab,
+) -> None:
+    groups: list[object] = []
+
+    def one_group(live: Live) -> None:
+        live.lose(*(live.node_of(rank) for rank in live.groups()[0]))
+
     told = lab.run(
         **FOUR,
-        spares=2,
-        settings=["snapshot.group=2"],
-        fault=hold(5),
-        strikes=[protected(5), "node=1@step=5", "node=2@step=5"],
-    )
-    told.check(lab.undisturbed(workers=4), lost=0, restarts=1)
-    assert told.restored == [(5, "ram")]
-    assert told.of("lost")[0]["nodes"] == ["node-1", "node-2"]
-
-
-def test_two_nodes_of_one_group_are_more_than_xor_can_restore_so_the_checkpoint_is_used(lab: Lab) -> None:
-    told = lab.run(
-        **FOUR,
-        spares=2,
+        spares=4,
         settings=["snapshot.group=2", "checkpoint.every=3"],
-        fault=hold(5),
-        strikes=[protected(5), Act(5, lambda live: live.until_at("storage", 3)), "node=0@step=5", "node=1@step=5"],
+        fault=f"{hold(5)},{hold(8, generation=2)}",
+        strikes=[
+            Act(5, lambda live: groups.append(live.groups())),
+            protected(5),
+            "node=1@step=5",
+            "node=2@step=5",
+            protected(8),
+            Act(8, lambda live: live.until_at("storage", 6)),
+            Act(8, one_group),
+        ],
     )
-    told.check(lab.undisturbed(workers=4), lost=2, restarts=1)
-    assert told.restored == [(3, "storage")]
+    told.check(lab.undisturbed(workers=4), lost=2, restarts=2)
+    assert groups == [((0, 2), (1, 3))]
+    assert [len(record["nodes"]) for record in told.of("lost")] == [2, 2]
+    assert told.restored == [(5, "ram"), (6, "storage")]
 
 
 @pytest.mark.parametrize(

@@ -33,6 +33,7 @@ from windlass.launch.ray.controller import Feed
 from windlass.launch.ray.driver import Recovering, launch_recovering
 from windlass.launch.ray.emulated import EmulatedNodes, emulated
 from windlass.launch.ray.places import natural
+from windlass.launch.ray.records import recorded
 
 STEPPING = Path(__file__).with_name("stepping.py")
 DRIVER = """
@@ -155,8 +156,12 @@ class Job:
                         found.append(process)
         return found
 
+    @property
+    def name(self) -> str:
+        return job_of(self.run)
+
     def folders(self) -> list[Path]:
-        return [folder.path for folder in list_jobs(Path("/dev/shm")) if folder.job == job_of(self.run)]
+        return [folder.path for folder in list_jobs(Path("/dev/shm")) if folder.job == self.name]
 
 
 @pytest.fixture
@@ -259,6 +264,23 @@ def test_a_run_shrinks_when_no_node_comes_and_its_snapshot_process_is_replaced(
     seen = told()
     assert {line["rank"] for line in seen.of(generation=2)} == {0}
     assert f"snapshot process of {names[0]} replaced" in seen.err
+
+
+def test_a_node_where_nothing_answers_is_fenced_and_used_again(job: Job, nodes: Nodes) -> None:
+    names = nodes.have(2)[:2]
+    job.steps = 60
+    driver = job.drive()
+    (frozen,) = [folder for folder in list_jobs(Path("/dev/shm")) if (folder.job, folder.node) == (job.name, names[1])]
+    stopped = [process.pid for process in recorded(frozen)]
+    assert len(stopped) == 3, "agent, actor and worker"
+    for pid in stopped:
+        os.kill(pid, signal.SIGSTOP)
+    out, err = driver.communicate(timeout=60)
+    assert driver.returncode == 0, err
+    assert "nothing on it has answered" in job.records("failure")[0]["message"]
+    assert job.records("decision")[-1]["nodes"] == names
+    assert not any(psutil.pid_exists(pid) for pid in stopped)
+    assert '"step": 60, "rank": 1, "generation": 2' in out
 
 
 def test_workers_leave_a_node_that_is_drained_before_it_goes(job: Job, nodes: Nodes, told: Callable[[], Told]) -> None:

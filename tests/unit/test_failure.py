@@ -15,6 +15,7 @@ from windlass.dist.errors import CommError, DataError
 from windlass.launch.failure import (
     ERROR_FILE,
     Exit,
+    Failure,
     describe_exception,
     format_failures,
     format_ranks,
@@ -41,6 +42,13 @@ def test_a_killed_rank_is_the_cause_of_lost_peers_and_its_signal_gives_the_exit_
     first = order_failures(exits)[0]
     assert (first.rank, first.exit_code) == (1, 128 + signal.SIGKILL)
     assert "killed by SIGKILL" in first.message
+
+
+def test_a_rank_that_surely_hung_comes_before_one_that_may_have_waited_for_it() -> None:
+    waited = Failure(0, 1.0, "hung in STEP", "", 137, False, "hang", sure=False)
+    stopped = Failure(1, 2.0, "hung in STEP (stopped by a signal)", "", 137, False, "hang")
+    exits = [Exit(failure.rank, -signal.SIGKILL, failure.when, failure, stopped=False) for failure in (waited, stopped)]
+    assert [failure.rank for failure in order_failures(exits)] == [1, 0]
 
 
 def test_equal_errors_are_shown_once_with_all_their_ranks() -> None:

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from windlass.dist.errors import PlanError
-from windlass.launch.ray.placement import check_fits, plan_placement, seat_workers
+from windlass.launch.ray.placement import check_fits, plan_placement, seat_workers, slots_of_node
 
 
 @given(st.lists(st.sampled_from("abcd"), min_size=1, max_size=24))
@@ -46,6 +46,14 @@ def test_bundles_hold_exactly_the_workers_assigned_to_them(workers: int, nodes: 
 )
 def test_the_strategy_follows_nodes_and_spread(nodes: int, spread: bool, strategy: str) -> None:
     assert plan_placement(4, num_nodes=nodes, spread=spread, gpu=False).strategy == strategy
+
+
+@pytest.mark.parametrize(
+    ("num_nodes", "spread", "slots"), [(0, False, 8), (0, True, 2), (2, False, 3), (6, False, 1), (1, False, 6)]
+)
+def test_a_node_takes_as_many_workers_as_nodes_and_spread_ask_for(num_nodes: int, spread: bool, slots: int) -> None:
+    assert slots_of_node(8, 6, num_nodes=num_nodes, spread=spread, alive=4) == slots
+    assert slots_of_node(0, 6, num_nodes=num_nodes, spread=spread, alive=4) == 0
 
 
 def test_a_cluster_that_is_too_small_is_refused_with_what_it_has_and_what_is_needed() -> None:
