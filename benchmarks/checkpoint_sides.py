@@ -179,7 +179,7 @@ class DeepSpeed(TorchSave):
         from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
 
         self._engine = TorchCheckpointEngine()
-        self._engine.zipfile_serialization = True  # faster here than its default
+        self._engine.zipfile_serialization = True  # the default of its configuration
 
     def write(self, path: Path) -> None:
         self._engine.save(dict(self.job.state), str(path))
@@ -214,6 +214,7 @@ class DcpAsync(Saver):
             return stager
 
         self._make, self._kept = make, make() if staged else None
+        self._group = dist.new_group(backend="gloo")  # the thread that writes must not meet training's collectives
 
     def save(self, step: int) -> None:
         import torch.distributed.checkpoint as dcp
@@ -224,6 +225,7 @@ class DcpAsync(Saver):
             checkpoint_id=self.job.place(step),
             async_checkpointer_type=AsyncCheckpointerType.PROCESS if self._process else AsyncCheckpointerType.THREAD,
             async_stager=self._kept or self._make(),  # without one, async_save makes one for each save
+            process_group=self._group,
         )
         if isinstance(answer, AsyncSaveResponse):
             self._staging, self._upload = answer.staging_completion, answer.upload_completion

@@ -26,7 +26,7 @@ from windlass.checkpoint.fence import read_fence
 from windlass.checkpoint.manifest import readable_bytes
 from windlass.checkpoint.reader import dtype_name
 from windlass.checkpoint.retention import retain, sweep
-from windlass.checkpoint.storage import LocalStorage
+from windlass.checkpoint.storage import LocalStorage, Place
 from windlass.checkpoint.store import staging_name, step_name
 from windlass.checkpoint.writer import write_pieces
 from windlass.dist.dcp_format import data_file_name
@@ -47,7 +47,7 @@ class SaveReport:
 
     ok: bool
     step: int
-    folder: Path | None
+    folder: Place | None
     num_bytes: int  # all ranks
     seconds: float
     phases: dict[str, float]

@@ -293,7 +293,7 @@ def _check_run(loaded: Loaded) -> None:
     for folder in folders:
         check_vocab(read_facts(folder), loaded.config.model.vocab_size)
     resume = loaded.config.checkpoint.resume
-    if resume not in ("auto", "never") and not Path(resume).is_dir():
+    if resume not in ("auto", "never") and "://" not in resume and not Path(resume).is_dir():
         raise ConfigError(f"{loaded.at('checkpoint.resume')}: no such folder. Use auto, never or a checkpoint folder.")
     if loaded.config.train.device == "cuda":
         pick_device("cuda")

@@ -34,7 +34,8 @@ Kind = Literal[
     "failure",  # workers failed
     "lost",  # and it turned out that these nodes are gone
     "planned",  # workers were asked to end so that they can go on elsewhere
-    "recovered",  # the first step after a restart is done
+    "recovered",  # the first step after a restart is done, with what it took
+    "under_way",  # a run that went back has done its first step
     "struck",  # a drill is about to break something on purpose
     "blow",  # and this is what it did
     "notice",  # something that did not stop training, such as a snapshot process that was replaced
@@ -98,18 +99,19 @@ def decode(line: bytes) -> Record | None:
 
 @final
 class ControlLog:
-    """The records of one run, also those that other processes of it append.
+    """The records of one run, also those that other processes of it append. Workers say their `generation`.
 
     Invariant:   `append` returns only when the record is durable. A line that a crash cut off was never acted upon and
                  is removed by the next append.
     Raises:      CheckpointError if the log cannot be read, or a line before the last one is damaged
     """
 
-    def __init__(self, run: Path) -> None:
+    def __init__(self, run: Path, generation: int = 0) -> None:
         self.path = control_folder(run) / "log.jsonl"
         self.records: list[Record] = []
         self._end = 0  # bytes of whole records
-        self._mine = 0  # the generation this process began
+        self.floor = 0  # generations that others than this log have heard of
+        self._mine = generation  # that this process began or works for; 0: it does not matter
         self.refresh()
 
     @property
@@ -167,7 +169,7 @@ class ControlLog:
         """Begin a new generation durably and return its number. Call before anything else of a recovery."""
         with self._locked() as fd:
             self.refresh()
-            self._mine = max(self.generation + 1, at_least)
+            self._mine = max(self.generation + 1, self.floor + 1, at_least)
             self._write(fd, {"kind": "generation", "time": time.time(), "generation": self._mine, "by": by})
             return self._mine
 
@@ -227,7 +229,7 @@ class ControlLog:
         for record in self.records:
             if record["kind"] == "rollback":
                 limit = record["step"]
-            elif record["kind"] == "recovered":
+            elif record["kind"] == "under_way":
                 limit = None
         return limit
 
@@ -239,6 +241,10 @@ class ControlLog:
     def restarted(self) -> bool:
         """Tell whether the newest generation is not the first one since the run was started."""
         return sum(record["kind"] == "generation" for record in self.since_launch()) > 1
+
+    def first_since_launch(self) -> int:
+        """Return the first generation since the run was started."""
+        return min((r["generation"] for r in self.since_launch() if r["kind"] == "generation"), default=1)
 
     def num_rollbacks(self) -> int:
         """Return how often the run has gone back since it was started."""

@@ -19,6 +19,7 @@ from windlass.launch.control_log import ControlLog, control_folder, job_of, job_
 from windlass.launch.controller import Controller, Patience, allowed_sizes, limits_of
 from windlass.launch.decide import Limits
 from windlass.launch.drill import Strike
+from windlass.launch.generation import highest_generation
 from windlass.launch.job import Loaded
 from windlass.launch.local_fleet import LocalFleet, node_names
 from windlass.launch.run_folder import RunFolder, RunLock
@@ -124,13 +125,11 @@ def run_controlled(loaded: Loaded, strikes: Sequence[Strike] = ()) -> int:
             local_dir=config.checkpoint.local_dir,
             start_process=start_process,
         )
-        variables = {"WINDLASS_TOKEN": token}
+        log = ControlLog(run.root)
+        log.floor = highest_generation(config, node_names(config.launch))
         patience = patience_of(loaded)
         limits = replace(limits, replace_s=0.0)  # no node of this machine comes back
-        controller = Controller(
-            fleet, ControlLog(run.root), limits, patience, run.root, variables=variables, strikes=strikes
-        )
-        return controller.run(stop)
+        return Controller(fleet, log, limits, patience, run.root, strikes=strikes).run(stop)
 
 
 def _memories(loaded: Loaded, token: str) -> dict[str, NodeMemory]:

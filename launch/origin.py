@@ -1,4 +1,4 @@
-"""Where a start goes on: in the memory of the nodes, at a checkpoint, or at the beginning; and which start it is.
+"""Where a start goes on: in the memory of the nodes, at a checkpoint, or at the beginning.
 
 Memory is asked first, because it is newest and reading it is cheap; checkpoints are only listed unless one is newer.
 Must not know: how state is stored, cut or computed.
@@ -7,7 +7,7 @@ Must not know: how state is stored, cut or computed.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,70 +15,19 @@ from typing import TYPE_CHECKING, Any
 from windlass.checkpoint.agree import Peers, on_all_ranks
 from windlass.checkpoint.memory.generators import set_rng_state
 from windlass.checkpoint.memory.inventory import STORAGE, Saved, choose
-from windlass.checkpoint.storage import Place
+from windlass.checkpoint.reader import read_manifest
+from windlass.checkpoint.storage import Place, storage_of
 from windlass.checkpoint.store import begin_generation as fence_storage
-from windlass.checkpoint.store import damage, list_checkpoints
-from windlass.dist.env import ProcessEnv, get
-from windlass.dist.errors import CheckpointError
-from windlass.launch.check_recovery import needs_process
-from windlass.launch.control_log import ControlLog
+from windlass.checkpoint.store import damage, find_checkpoint, list_checkpoints, restore_set_aside
+from windlass.dist.errors import CheckpointError, ConfigError
+from windlass.launch.generation import Start, checkpoints_of
 from windlass.launch.resume import Identity, Progress, changes, check_model_settings, check_order
 from windlass.launch.resume_memory import Found, find_in_memory
-from windlass.launch.run_folder import RunFolder
 from windlass.launch.snapshots import Snapshots
-from windlass.launch.start import Restorable, find_checkpoint_to_resume, go_on, step_of
+from windlass.launch.start import Restorable, go_on
 
 if TYPE_CHECKING:
     from windlass.launch.job import JobConfig
-
-
-@dataclass(frozen=True)
-class Start:
-    """Which start of the workers this is. `restarted`: one that follows a failure, whatever the user asked for first.
-
-    `skips`: samples that are left out; `at_most`: go on from no later step than this; `left`: by generation the step it
-    went on from, so that what earlier ones hold beyond it is of a past that the run has left.
-    """
-
-    generation: int = 0
-    restarted: bool = False
-    skips: tuple[tuple[int, int], ...] = ()
-    at_most: int | None = None
-    left: Mapping[int, int] = field(default_factory=dict)
-
-
-def is_restart(config: JobConfig, env: ProcessEnv) -> bool:
-    """Tell whether the launcher has started this job before in the same launch."""
-    if env.generation:
-        return ControlLog(Path(config.train.run_dir)).restarted()
-    return int(get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
-
-
-def begin_generation(config: JobConfig, env: ProcessEnv, world: Peers) -> Start:
-    """Return which start this is; without a controller that counts them, rank 0 does where snapshots need it.
-
-    Collective: every rank of the world
-    """
-
-    def read() -> list[Any]:
-        if world.rank != 0:
-            return []
-        log = ControlLog(Path(config.train.run_dir))
-        counted = needs_process(config.snapshot.every, config.checkpoint.mode)
-        generation = env.generation
-        if not generation and counted:
-            generation = log.bump(by=env.launcher)
-        left = [[g, step] for g, step in log.left().items()]
-        return [generation, is_restart(config, env), [list(skip) for skip in log.skips()], log.limit(), left]
-
-    generation, restarted, skips, at_most, left = on_all_ranks(world, read).check()[0]
-    return Start(generation, restarted, tuple((first, stop) for first, stop in skips), at_most, dict(left))
-
-
-def note_recovered(config: JobConfig, env: ProcessEnv) -> None:
-    """Note that a run that went back is under way again, where no controller does."""
-    if not env.generation:
-        ControlLog(Path(config.train.run_dir)).append("recovered")
 
 
 @dataclass(frozen=True)
@@ -89,6 +38,7 @@ class Origin:
     memory: Found | None = None
     step: int = -1
     passed_over: list[str] = field(default_factory=list)
+    after: Callable[[], Origin] | None = None  # what comes next where memory proves damaged
 
     @property
     def found(self) -> bool:
@@ -115,8 +65,10 @@ class Origin:
             return go_on(config, identity, engine, world, self.checkpoint, self.passed_over)
         began = time.perf_counter()
         back = self.memory.restore(engine, world)
-        if back.tier == STORAGE:  # what memory held proved damaged
-            return go_on(config, identity, engine, world, back.place, back.passed_over)
+        if back.tier == STORAGE:
+            assert self.after is not None
+            origin = self.after()
+            return go_on(config, identity, engine, world, origin.checkpoint, [*back.passed_over, *origin.passed_over])
         where = f"{back.tier} snapshot of generation {back.generation}"
         check_order(back.extra, identity, where)
         check_model_settings(back.extra, config, where)
@@ -135,59 +87,141 @@ class Origin:
         )
 
 
-def find_origin(
-    config: JobConfig, folder: RunFolder, world: Peers, snapshots: Snapshots | None, start: Start
-) -> Origin:
+def find_origin(config: JobConfig, world: Peers, snapshots: Snapshots | None, start: Start) -> Origin:
     """Decide where this start goes on.
 
     Collective: every rank of the world
     Raises: CheckpointError if there are checkpoints and none is valid; ConfigError if the run would overwrite some
     """
-    wish = "auto" if start.restarted else config.checkpoint.resume
-    root: Place = config.checkpoint.url or folder.checkpoints
-    if snapshots is None or wish != "auto":
-        checkpoint, damaged = find_checkpoint_to_resume(wish, root, world, at_most=start.at_most)
-        return Origin(checkpoint, None, -1 if checkpoint is None else step_of(checkpoint), damaged)
-    saved, damaged = _listed(root, world, start.generation), []
-    while True:
-        memory = find_in_memory(
-            world,
-            snapshots.client,
-            snapshots.folder,
-            speaks=snapshots.speaks,
-            saved=saved,
-            at_most=start.at_most,
-            left=start.left,
-            local_dir=Path(config.checkpoint.local_dir) if config.checkpoint.local_dir else None,
-            timeout_s=config.snapshot.peer_timeout_s,
-        )
-        if memory is not None and memory.choice.tier != STORAGE:
-            return Origin(None, memory, memory.step, [*damaged, *memory.passed_over])
-        best, passed_over = choose((), {}, saved, at_most=start.at_most, left=start.left)
-        if best is None:
-            if damaged:
-                raise CheckpointError(
-                    f"no checkpoint in '{root}' is valid and memory holds nothing ({'; '.join(damaged)}). Starting at "
-                    "step 0 would overwrite them: give another train.run_dir, or remove them."
-                )
-            return Origin(passed_over=passed_over)
-        problem = damage(best.place, world)
+    return _Search(config, world, snapshots, start).run()
+
+
+class _Search:
+    """The newest state that belongs to the history that goes on and that can be read, over all places."""
+
+    def __init__(self, config: JobConfig, world: Peers, snapshots: Snapshots | None, start: Start) -> None:
+        self.config, self.world, self.snapshots, self.start = config, world, snapshots, start
+        self.root, self.wish = checkpoints_of(config), config.checkpoint.resume
+        self.left = dict(start.left)
+        if self.wish != "auto" and start.since > 1:  # only what this launch has made counts
+            self.left[start.since - 1] = -1
+        self.saved: list[Saved] = []
+        self.damaged: list[str] = []  # checkpoints that cannot be used, and why
+        self.notes: list[str] = []  # other newer steps that cannot, and why
+        self.checked: set[str] = set()
+
+    def run(self) -> Origin:
+        """Search as the user asked for, and after a restart first among what this launch has made."""
+        if self.wish != "auto" and not self.start.restarted:
+            return self._given()
+        self.saved = self._listed()
+        origin = self._newest()
+        return origin if origin.found or self.wish == "auto" else self._given()
+
+    def _newest(self) -> Origin:
+        config, start = self.config, self.start
+        while self.snapshots is not None:
+            memory = find_in_memory(
+                self.world,
+                self.snapshots.client,
+                self.snapshots.folder,
+                speaks=self.snapshots.speaks,
+                saved=self.saved,
+                at_most=start.at_most,
+                left=self.left,
+                local_dir=Path(config.checkpoint.local_dir) if config.checkpoint.local_dir else None,
+                timeout_s=config.snapshot.peer_timeout_s,
+            )
+            if memory is None:
+                break
+            if memory.choice.tier != STORAGE:
+                notes = [*self.damaged, *memory.passed_over]
+                return Origin(None, memory, memory.step, notes, after=self.from_storage)
+            self._note(memory.passed_over)
+            memory.close()
+            if memory.choice.step < 0 or self._whole(memory.choice.place):
+                break
+        return self.from_storage()
+
+    def from_storage(self) -> Origin:
+        """Return the newest checkpoint that is whole. Collective: every rank of the world"""
+        while True:
+            best, passed_over = choose((), {}, self.saved, at_most=self.start.at_most, left=self.left)
+            if best is None:
+                self._note(passed_over)
+                if self.damaged and self.wish == "auto":
+                    raise CheckpointError(
+                        f"no checkpoint in '{self.root}' is valid ({'; '.join(self.damaged)}). Starting at step 0 "
+                        "would overwrite them: give another train.run_dir, or remove them."
+                    )
+                return Origin(passed_over=[*self.damaged, *self.notes])
+            if self._whole(best.place):
+                return Origin(best.place, None, best.step, [*self.damaged, *self.notes])
+
+    def _note(self, texts: Sequence[str]) -> None:
+        self.notes += [text for text in texts if text not in self.notes]
+
+    def _whole(self, place: str) -> bool:
+        """Read a checkpoint together; one that is damaged is not considered again."""
+        if place in self.checked:
+            return True
+        problem = damage(place, self.world)
         if not problem:
-            return Origin(best.place, None, best.step, [*damaged, *([] if memory is None else memory.passed_over)])
-        damaged.append(f"{Path(best.place).name}: {problem}")
-        saved = [s for s in saved if s.place != best.place]
+            self.checked.add(place)
+            return True
+        self.damaged.append(f"{Path(place).name}: {problem}")
+        self.saved = [s for s in self.saved if s.place != place]
+        return False
 
+    def _listed(self) -> list[Saved]:
+        """Fence off what older generations may still publish, and list what there is. Collective."""
+        start = self.start
 
-def _listed(root: Place, world: Peers, generation: int) -> list[Saved]:
-    """Fence off what older generations may still publish, and list what there is. Collective."""
+        def look() -> list[Any]:
+            if self.world.rank != 0:
+                return []
+            if start.generation:
+                fence_storage(self.root, start.generation)
+            else:
+                restore_set_aside(storage_of(self.root))
+            found = list_checkpoints(self.root)
+            return [
+                [i.step, str(i.folder), int(i.extra.get("generation", 0)), i.problem or "", bool(i.hidden)]
+                for i in found
+            ]
 
-    def look() -> list[Any]:
-        if world.rank != 0:
-            return []
-        fence_storage(root, generation)
-        infos = list_checkpoints(root)
-        return [
-            [i.step, str(i.folder), int(i.extra.get("generation", 0))] for i in infos if not i.problem and not i.hidden
-        ]
+        saved = []
+        for step, place, generation, problem, hidden in on_all_ranks(self.world, look).check()[0]:
+            if self.wish != "auto" and generation < start.since:
+                continue
+            if not problem and not hidden:
+                saved.append(Saved(step, place, generation))
+            elif hidden:
+                self._note([f"{Path(place).name}: {problem}"])
+            else:
+                self.damaged.append(f"{Path(place).name}: {problem}")
+        return saved
 
-    return [Saved(*entry) for entry in on_all_ranks(world, look).check()[0]]
+    def _given(self) -> Origin:
+        """Return the checkpoint that the user names, or none.
+
+        Raises: ConfigError if the run would overwrite newer ones
+        """
+
+        def look() -> dict[str, Any]:
+            if self.world.rank != 0:
+                return {}
+            own = [info.step for info in list_checkpoints(self.root)]
+            if self.wish == "never":
+                return {"folder": "", "step": -1, "own": own}
+            found = find_checkpoint(self.wish if "://" in self.wish else Path(self.wish).resolve())
+            return {"folder": str(found), "step": read_manifest(found).step, "own": own}
+
+        found = on_all_ranks(self.world, look).check()[0]
+        newer = [step for step in found["own"] if step > max(found["step"], 0)]
+        if newer:
+            raise ConfigError(
+                f"checkpoint.resume = '{self.wish}': '{self.root}' has a checkpoint of step {max(newer)}, which would "
+                "be overwritten. Use checkpoint.resume=auto to go on from it, or give another train.run_dir."
+            )
+        return Origin(found["folder"] or None, None, found["step"], [*self.damaged])

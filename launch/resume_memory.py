@@ -85,6 +85,10 @@ class Found:
         self.passed_over += [text for text in passed_over if text not in self.passed_over]
         return choice or NOTHING
 
+    def close(self) -> None:
+        """Let go of the connections, where nothing is restored."""
+        self._survey.close()
+
     def restore(self, engine: StateSource, world: Peers) -> Resumed:
         """Fill the engine from the chosen step, or from the next best one if that proves damaged.
 

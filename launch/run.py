@@ -31,10 +31,11 @@ from windlass.launch.check_recovery import needs_process
 from windlass.launch.config import to_yaml
 from windlass.launch.control_log import Phase, PhaseLog
 from windlass.launch.events import Ended, EventStream, Resumed, Started
+from windlass.launch.generation import Start, begin_generation, is_restart, note_under_way
 from windlass.launch.inputs import Inputs, Validation, open_inputs
 from windlass.launch.job import JobConfig
 from windlass.launch.metrics import build_sinks
-from windlass.launch.origin import Origin, Start, begin_generation, find_origin, is_restart, note_recovered
+from windlass.launch.origin import Origin, find_origin
 from windlass.launch.plan import Plan, make_plan
 from windlass.launch.profiler import StepProfiler
 from windlass.launch.resume import Progress, check_order, checkpoint_extra, versions
@@ -121,8 +122,8 @@ class Run:
     def reached(self, phase: Phase) -> None:
         """Note how far this start has come, for whoever measures recoveries."""
         self.phases.mark(phase)
-        if phase == "first_step" and self.rank == 0 and self.start.at_most is not None:
-            note_recovered(self.config, self.env)
+        if phase == "first_step" and self.rank == 0:
+            note_under_way(self.config, self.start)
 
     def commit_step(self, step: int, tokens: int) -> None:
         """Make a step durable where the drives hold all of the state and always have one whole step.
@@ -141,7 +142,8 @@ class Run:
         """
         extra, keep = self.facts(step, tokens), self.config.checkpoint.keep
         if self.snapshots is not None and self.config.checkpoint.mode != "sync":
-            return self.snapshots.persist(step, extra, deadline_s=self.config.recovery.start_s)
+            # The watchdog's patience for saving ends with start_s.
+            return self.snapshots.persist(step, extra, deadline_s=0.9 * self.config.recovery.start_s)
         return save(self.folder.checkpoints, step, self.engine, extra, self.world, keep=keep, tracer=self.tracer)
 
     def ended(
@@ -226,7 +228,7 @@ def run_worker(config: JobConfig, env: ProcessEnv | None = None) -> int:
                 trainer.train()
             except SpikeError:
                 if run.rank == 0 and trainer.roll_back is not None:
-                    note_spike(trainer.roll_back, config)
+                    note_spike(trainer.roll_back, config, run.start.generation)
                 raise
             except CommError:
                 if signals.requested != signal.SIGTERM or trainer.has_news:
@@ -275,7 +277,7 @@ def build_run(config: JobConfig, env: ProcessEnv) -> Run:
             if needs_process(config.snapshot.every, config.checkpoint.mode):
                 snapshots = Snapshots(config, env, comm.world, start.generation)
                 stack.callback(snapshots.close)
-            origin = find_origin(config, folder, comm.world, snapshots, start)
+            origin = find_origin(config, comm.world, snapshots, start)
             timeline = read_timeline(folder, comm.world)
         phases.mark("found")
         with clock.phase("tiers"):
@@ -289,10 +291,11 @@ def build_run(config: JobConfig, env: ProcessEnv) -> Run:
                 warn=lambda message: events.warn(0, message),
                 timeline=timeline,
                 checkpoint_step=origin.step,
+                restarted=start.restarted,
             )
             if offload is not None:
                 stack.enter_context(offload)
-            on_drives = adopt_newest(offload, comm.world, origin.step)
+            on_drives = adopt_newest(offload, comm.world, origin.step, start.admits)
             if on_drives is None and (timeline or plan.offload is not None):
                 timeline = begin_timeline(folder, comm.world)
             elif on_drives is not None:
@@ -396,6 +399,8 @@ def _announce(run: Run, seconds: dict[str, float]) -> None:
             p.step,
             "the data has no validation documents, so there is no validation loss (windlass data prepare --validation)",
         )
+    for note in p.passed_over if run.rank == 0 and not p.folder else ():
+        run.events.warn(p.step, f"not gone on from: {note}")
     if p.folder:
         run.events.emit(Resumed(p.step, p.folder, p.consumed, p.seconds, p.passed_over, p.changes))
     run.events.emit(

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import faulthandler
 import signal
-import socket
 import threading
 import time
 from collections.abc import Mapping
@@ -32,6 +31,8 @@ from windlass.dist.errors import CheckpointError, WorkerError
 from windlass.dist.rendezvous import own_address
 from windlass.dist.trace import Tracer
 from windlass.launch.control_log import ControlLog, job_of, job_token
+from windlass.launch.failure import format_ranks
+from windlass.launch.generation import node_of
 from windlass.launch.node_memory import forget_another_run
 from windlass.launch.snapshot_watch import SnapshotWatch
 
@@ -39,11 +40,6 @@ if TYPE_CHECKING:
     from windlass.launch.job import JobConfig
 
 START_S = 30.0
-
-
-def node_of(env: ProcessEnv) -> str:
-    """Name the machine of this process within the job."""
-    return env.node or socket.gethostname().replace("/", "-")
 
 
 @dataclass(frozen=True)
@@ -69,14 +65,16 @@ class Snapshots:
         self._config, self._env, self._world = config, env, world
         self.generation, self.job, self.node = generation, job_of(config.train.run_dir), node_of(env)
         self.folder = NodeFolder(Path(config.snapshot.folder), self.job, self.node)
+        self._alone = env.launcher not in ("local", "ray")  # those look after the process and its memory themselves
         self.seats = self._meet()
+        self._check_generation()  # before the heartbeat: one that comes late must not hide the one that beats there
         self.beats = Heartbeat(self.folder.beat_path(env.rank), generation)
         self._stacks = self._show_stacks_when_asked()
-        self._check_generation()  # after the heartbeat: whoever fences us meanwhile finds our process
+        self._check_generation()  # after it: whoever fences us meanwhile finds our process
         self.client = SnapshotClient.of(self.folder, generation)
         self._capturer: Capturer | None = None
-        self._alone = env.launcher not in ("local", "ray")  # those look after the process and its memory themselves
-        self._watch = SnapshotWatch(self.folder, self.client, supervise=self._alone, first=self.seats.speaks(env.rank))
+        self._watch = SnapshotWatch(self.folder, self.client, supervise=self._alone, first=self.speaks)
+        self._watch.start()
         self._blocked_s = 0.0
         self._final = 0  # the step of the last snapshot
 
@@ -116,6 +114,9 @@ class Snapshots:
             self.folder.create(token)
             self._settings().keep_in(self.folder)  # a process that starts now finds the local level by them
             running = ensure_snapshot_process(self.folder, timeout_s=START_S, host=host)
+            if self._alone:
+                with SnapshotClient.of(self.folder, timeout_s=START_S) as client:
+                    client.fence(self.generation)
             return [running.host, running.port]
 
         found = on_all_ranks(self._world, start).check()
@@ -168,6 +169,7 @@ class Snapshots:
             local_parity=LocalParity(mine) if local and len(mine) > 1 else None,
             tracer=tracer,
         )
+        self._check_room(world)
         layouts = on_all_ranks(world, self._open).check()
         membership = Membership(
             job=self.job,
@@ -184,8 +186,20 @@ class Snapshots:
             chunk_bytes=snapshot.chunk_bytes,
         )
         on_all_ranks(world, lambda: self.client.adopt(membership, restored, self._settings(), anchor=anchor)).check()
-        self._watch.start()
+        self._watch.problems += self.capturer.warnings
         return weaknesses(groups, nodes, domains, snapshot.redundancy, snapshot.parity)
+
+    def _check_room(self, world: Peers) -> None:
+        """Look once for all ranks of each node whether memory suffices, before anybody takes some."""
+        wanted = world.gather_objects(self.capturer.wanted_bytes())
+        mine = [rank for rank, node in enumerate(self.seats.nodes) if node == self.node]
+        what = f"{self._config.snapshot.slots} snapshots of {format_ranks(mine)}"
+
+        def check() -> None:
+            if self.speaks:
+                self.folder.check_room(sum(wanted[rank] for rank in mine), what)
+
+        on_all_ranks(world, check).check()
 
     def _open(self) -> list[Any]:
         self.capturer.open()
@@ -297,7 +311,7 @@ class Snapshots:
         if outcome.problem is not None:
             return SaveReport(False, step, None, 0, seconds, {}, outcome.problem)
         place, num_bytes = outcome.values[0]
-        return SaveReport(True, step, Path(place), num_bytes, seconds, {"persist": seconds})
+        return SaveReport(True, step, place, num_bytes, seconds, {"persist": seconds})
 
     def finish(self) -> None:
         """Say that nobody needs the snapshots any more, and remove those of this node unless a launcher of ours does.
@@ -306,7 +320,7 @@ class Snapshots:
         Raises:      CheckpointError if it cannot be said: then they stay for their lease
         """
         if self._world.rank == 0:
-            ControlLog(Path(self._config.train.run_dir)).append("complete", step=self._final)
+            ControlLog(Path(self._config.train.run_dir), self.generation).append("complete", step=self._final)
         if self._alone and self.speaks:
             self._watch.stop()
             try:

@@ -30,12 +30,12 @@ class RollBack:
     why: str
 
 
-def note_spike(back: RollBack, config: JobConfig) -> None:
+def note_spike(back: RollBack, config: JobConfig, generation: int) -> None:
     """Note in the control log what the next start is to leave out, and from which step it may go on at most.
 
     Raises:  NumericsError if it has happened too often
     """
-    log, attempts = ControlLog(Path(config.train.run_dir)), config.recovery.spike_attempts
+    log, attempts = ControlLog(Path(config.train.run_dir), generation), config.recovery.spike_attempts
     if log.num_rollbacks() >= attempts:
         raise NumericsError(
             f"{back.why}. The run went back {attempts} times already (recovery.spike_attempts): lower optimizer.lr, "

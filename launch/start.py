@@ -9,17 +9,15 @@ import json
 import time
 from collections.abc import Mapping
 from contextlib import ExitStack
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
-from windlass.checkpoint.agree import Peers, on_all_ranks
+from windlass.checkpoint.agree import Peers
 from windlass.checkpoint.reader import read_manifest
 from windlass.checkpoint.restore import restore
 from windlass.checkpoint.storage import Place
-from windlass.checkpoint.store import choose, find_checkpoint, list_checkpoints
-from windlass.dist.errors import CheckpointError, ConfigError, PlanError
+from windlass.dist.errors import PlanError
 from windlass.dist.rng import fill_normal
 from windlass.dist.state import StateSource
 from windlass.launch.resume import Identity, Progress, changes, check_model_settings, check_order
@@ -65,45 +63,6 @@ def first_difference(a: Any, b: Any, path: str = "") -> tuple[str, Any, Any]:
     return path, a, b
 
 
-def find_checkpoint_to_resume(
-    wish: str, root: Place, world: Peers, *, at_most: int | None = None
-) -> tuple[Place | None, list[str]]:
-    """Return the checkpoint to start from (None: start at step 0), and the newer ones passed over, each with why.
-
-    `wish` is what checkpoint.resume says; steps after `at_most` belong to a past that the run has left.
-
-    Collective: every rank of the world
-    Raises: CheckpointError if there are checkpoints and none is valid; ConfigError if the run would overwrite some
-    """
-    if wish == "auto":
-        choice = choose(root, world, at_most=at_most)
-        passed_over = [f"{Path(path).name}: {reason}" for path, reason in choice.skipped]
-        if choice.folder is None and passed_over:
-            raise CheckpointError(
-                f"no checkpoint in '{root}' is valid ({'; '.join(passed_over)}). Starting at step 0 would overwrite "
-                "them: give another train.run_dir, or remove them."
-            )
-        return choice.folder, passed_over
-
-    def look() -> dict[str, Any]:
-        if world.rank != 0:
-            return {}
-        own = [info.step for info in list_checkpoints(root)]
-        if wish == "never":
-            return {"folder": "", "step": 0, "own": own}
-        found = find_checkpoint(Path(wish))
-        return {"folder": str(Path(found).resolve()), "step": read_manifest(found).step, "own": own}
-
-    found = on_all_ranks(world, look).check()[0]
-    newer = [step for step in found["own"] if step > found["step"]]
-    if newer:
-        raise ConfigError(
-            f"checkpoint.resume = '{wish}': '{root}' has a checkpoint of step {max(newer)}, "
-            "which would be overwritten. Use checkpoint.resume=auto to go on from it, or give another train.run_dir."
-        )
-    return (Path(found["folder"]) if found["folder"] else None), []
-
-
 def go_on(
     config: JobConfig,
     identity: Identity,
@@ -117,7 +76,7 @@ def go_on(
     Collective: every rank of the world
     """
     if folder is None:
-        return Progress()
+        return Progress(passed_over=passed_over)
     began = time.perf_counter()
     check_order(read_manifest(folder).extra, identity, str(folder))
     extra = restore(folder, engine, world)

@@ -52,6 +52,7 @@ def build_machine(
     warn: Callable[[str], None],
     timeline: str,
     checkpoint_step: int,
+    restarted: bool = False,
 ) -> OffloadMachine | None:
     """Build what holds the state of this rank that is not on its device; None if all of it is.
 
@@ -68,7 +69,7 @@ def build_machine(
         weights=cluster.nvme_weights,
         identity=hashlib.sha256(place.encode()).hexdigest()[:16],
         rank=env.rank,
-        resume=config.checkpoint.resume == "auto",
+        resume=restarted or config.checkpoint.resume == "auto",
         timeline=timeline,
         after=checkpoint_step,
     )
@@ -108,13 +109,17 @@ def begin_timeline(folder: RunFolder, world: Peers) -> str:
     return str(world.gather_objects(name)[0])
 
 
-def adopt_newest(machine: OffloadMachine | None, world: Peers, checkpoint_step: int) -> WholeStep | None:
+def adopt_newest(
+    machine: OffloadMachine | None, world: Peers, checkpoint_step: int, admits: Callable[[int, int], bool]
+) -> WholeStep | None:
     """Go on from what is on the drives if all ranks hold one step whole that is newer than the latest checkpoint.
+
+    `admits(generation, step)`: whether it belongs to the history that goes on.
 
     Collective: every rank of the world
     """
     mine = {} if machine is None else machine.whole_steps()
-    told = world.gather_objects(sorted(mine))
+    told = world.gather_objects(sorted(s for s, extra in mine.items() if admits(extra.get("generation", 0), s)))
     common = set.intersection(*(set(steps) for steps in told))
     step = max(common, default=-1)
     chosen = step if step > checkpoint_step else None

@@ -255,7 +255,7 @@ class World(Faults, Control, Storage):
         if not found:
             return False
         node = found[a % len(found)]
-        node.smp = Smp(Shelves(node))
+        node.smp = Smp(Shelves(node), successor=node.membership is not None)
         self._start_term(node)
         return True
 
@@ -409,7 +409,8 @@ class World(Faults, Control, Storage):
         term = smp.term
         if term is None:
             return
-        term.follow(decree)
+        if term.ballot is None:  # a leader decides; nothing that its forerunner said reaches it
+            term.follow(decree)
         smp.shelves.refresh()
         self.rules.obey(smp.shelves, term.decree)
         if term.decree.watermark > NOTHING:

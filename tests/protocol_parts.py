@@ -106,6 +106,7 @@ class Smp:
     shelves: Shelves
     term: Term | None = None
     passed: dict[int, int] | None = None  # first half of a report
+    successor: bool = False  # of a process that was killed while a generation ran
 
 
 @dataclass

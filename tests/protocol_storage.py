@@ -24,7 +24,8 @@ class Storage:
         """A step is committed: begin to persist it if that is due, and pin it in the decree that says so."""
         every, smp = self.shape.persist_every, node.smp
         assert smp is not None
-        if every and step % every == 0 and not any(p.smp is smp for p in self.persists):
+        busy = any(p.smp is smp for p in self.persists) or (term.generation, step) in self.storage
+        if every and step % every == 0 and not busy:
             self.persists.append(Persist((term.generation, step), node, smp, term, list(term.membership.nodes)))
             term.publish(pins=(step,))
 
@@ -44,7 +45,8 @@ class Storage:
         if whole and node.generation <= world.generation:
             persist.waiting.pop(0)
         else:
-            if node.current is world and not self.truth.hit(persist.key, node.name):
+            # A leader process that was replaced meanwhile may begin again with a step that others have freed since.
+            if node.current is world and not persist.smp.successor and not self.truth.hit(persist.key, node.name):
                 raise Violation(f"I7: {persist.key} was freed on {node.name} while it was persisted")
             self.persists.remove(persist)
             term.publish(pins=())

@@ -173,6 +173,12 @@ class Capturer:
             wanted.insert(0, ("parity", self._stripes.parity_bytes, sum(num_chunks(s, chunk) for s in sizes)))
         return wanted
 
+    def wanted_bytes(self) -> int:
+        """Return the memory that `open` would take beside what is there already."""
+        slots = self._policy.slots
+        wanted = [(self.folder.segment_path(r, self.rank, size, slots, n), size, n) for r, size, n in self._wanted()]
+        return sum(segment_bytes(size, slots, n) for path, size, n in wanted if not path.exists())
+
     def open(self) -> None:
         """Take the memory for snapshots, or find what an earlier process of this rank left. Nothing in it is freed.
 
@@ -298,10 +304,13 @@ class Capturer:
             header = replace(self._header, step=step, facts=facts, sequence=sequence)
             if segment.role == "parity":
                 header = replace(header, role="parity", layout="", num_bytes=segment.slot_bytes, facts={})
-            if not slot.write(header, wait_s=0):  # somebody else is writing this very slot: he is not waited for
+            if not slot.claim():
                 fill.give_up()
                 return None
             fill.slots.append((slot, replace(header, sequence=sequence + 1)))
+            if not slot.write(header, wait_s=0):  # somebody else is writing this very slot: he is not waited for
+                fill.give_up()
+                return None
         return fill
 
     # -- what is copied ----------------------------------------------------------------------------------------------

@@ -52,6 +52,12 @@ class Fill:
         """Free the slots: what is in them is worth nothing."""
         for slot, header in self.slots:
             slot.free(header)
+        self.release()
+
+    def release(self) -> None:
+        """Let others fill the slots, when they are free again: nothing of this snapshot is written any more."""
+        for slot, _ in self.slots:
+            slot.release()
 
 
 class Copier:
@@ -131,6 +137,7 @@ class Copier:
                     f"rank {self._rank}: somebody else wrote slot {slot.index} of {slot.segment.path} while it was "
                     f"filled with step {fill.step}. Is an older process of this rank alive?"
                 )
+        fill.release()
 
     def _on_host(self, source: torch.Tensor, after: Any) -> np.ndarray:
         if source.device.type == "cpu":

@@ -23,6 +23,7 @@ class Drive:
     """The local level of one node; nothing is open until somebody asks. Any thread."""
 
     def __init__(self, local_dir: str, job: str, node: str) -> None:
+        self.local_dir = local_dir
         self._level = LocalLevel(Path(local_dir) / job / node) if local_dir else None
         self._open: dict[tuple[Path, int], Segment] = {}  # by inode too: a step may be written anew
         self._lock = threading.Lock()

@@ -141,11 +141,17 @@ def encode_slot(
     """
     header = parity_header(stripes, rank, members)
     sequence = slot.sequence if sequence < 0 else sequence
-    if not slot.write(replace(header, state=State.FILLING, hashes={}, sequence=sequence)):
+    begun = replace(header, state=State.FILLING, hashes={}, sequence=sequence)
+    if not slot.claim():  # a trainer of an older generation, which made parity itself, may still write it
         raise CheckpointError(f"rank {rank}: the parity slot for step {header.step} was taken by somebody else")
-    fetch = checked(fetch, {(r, DATA): member.hashes[r] for r, member in members.items()}, stripes.chunk_bytes)
-    own = encode_parity(stripes, rank, fetch, slot.data[: stripes.parity_bytes], pace=pace, lanes=lanes)
-    return _seal(slot, header, own, sequence + 1)
+    try:
+        if not slot.write(begun):
+            raise CheckpointError(f"rank {rank}: the parity slot for step {header.step} was taken by somebody else")
+        fetch = checked(fetch, {(r, DATA): member.hashes[r] for r, member in members.items()}, stripes.chunk_bytes)
+        own = encode_parity(stripes, rank, fetch, slot.data[: stripes.parity_bytes], pace=pace, lanes=lanes)
+        return _seal(slot, header, own, sequence + 1)
+    finally:
+        slot.release()
 
 
 def seal_slot(slot: Slot, stripes: Stripes, rank: int, members: Mapping[int, SlotHeader]) -> SlotHeader:

@@ -102,7 +102,7 @@ def choose(
         if best is not None and (generation > 0 or step <= best.step):
             continue
         name = f"of generation {generation} in memory" if in_memory else f"of {stored[generation, step].place}"
-        choice, why = None, _void(generation, step, at_most, left or {})
+        choice, why = None, void(generation, step, at_most, left or {})
         if not why and not in_memory:
             choice = Choice(step, generation, STORAGE, stored[generation, step].place)
         elif not why:
@@ -114,7 +114,7 @@ def choose(
     return best, passed_over
 
 
-def _void(generation: int, step: int, at_most: int | None, left: Mapping[int, int]) -> str:
+def void(generation: int, step: int, at_most: int | None, left: Mapping[int, int]) -> str:
     """Return why a step does not belong to the history that goes on, or nothing if it does."""
     if at_most is not None and step > at_most:
         return f"later than step {at_most}, to which the run goes back"
@@ -141,7 +141,9 @@ def anchor(holdings: Iterable[Held], choice: Choice | None) -> tuple[int, int] |
     if not cover:
         return None
     newest = max(committed) if committed else max(cover, key=lambda key: (len(cover[key]), key))
-    return max(key for key, places in cover.items() if key == newest or places >= cover[newest])
+    safe = {key for key, places in cover.items() if key == newest or places >= cover[newest]}
+    # What was committed last may have been freed in part already, when a start before this one was interrupted.
+    return max(key for key in safe if not any(cover[key] < cover[other] for other in safe))
 
 
 def erased(world: Membership, group: tuple[int, ...], data: Collection[int], parity: Collection[int]) -> set[int]:

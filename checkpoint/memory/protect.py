@@ -172,7 +172,7 @@ class Protector:
         segment = self._segment(rank)
         for slot in segment.slots:
             header = self.slots.header(slot)
-            if header is None or header.state <= State.FILLING:  # torn: nobody but this thread fills parity here
+            if (header is None or header.state <= State.FILLING) and not slot.claimed:  # torn, or free
                 return slot
         raise CheckpointError(f"rank {rank}: no slot for parity is free yet")
 

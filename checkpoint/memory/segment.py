@@ -38,6 +38,7 @@ _FILE = struct.Struct("<8sQQ")  # magic, length, xxh3_64
 _FILE_MAGIC = b"WLSEG001"
 _HEAD = struct.Struct("<QQQQ")  # magic, sequence, length, xxh3_64
 _MAGIC = int.from_bytes(b"WLSLOT01", "little")
+_FLOCK = "hhqqi0q"  # struct flock: kind, whence, start, length, process
 _PROGRESS = 8  # index of the progress word: on a cache line of its own
 
 
@@ -48,7 +49,8 @@ def _seal(sequence: int, body: bytes) -> int:
 class Slot:
     """One snapshot of one rank.
 
-    Invariant: whoever has written FILLING is the only one who writes `data` and `progress`, until COPIED
+    Invariant: `data` and `progress` are written only by whoever has claimed the slot, from before its FILLING header to
+    COPIED; whatever the headers say meanwhile, nobody else can claim it until that process has let go or is dead
     """
 
     def __init__(self, segment: Segment, index: int) -> None:
@@ -61,6 +63,8 @@ class Slot:
         ]
         self.data = segment.memory[end : end + segment.slot_bytes]
         self._writing = threading.Lock()
+        self._claiming = threading.Lock()
+        self._claimed = False
 
     @property
     def sequence(self) -> int:
@@ -138,6 +142,39 @@ class Slot:
             self._wipe(now + 1)
             return True
 
+    # -- the right to fill -------------------------------------------------------------------------------------------
+
+    def claim(self) -> bool:
+        """Take the right to fill this slot; False if somebody has it. Only the end of its process takes it away.
+
+        A process that was stopped, or has been fenced off, may wake in the middle of its copy: its generation being
+        over does not keep it from writing, so its claim keeps others from filling the same bytes.
+        """
+        with self._claiming:
+            if self._claimed or not self._lock(fcntl.F_WRLCK, self._claim_byte):
+                return False
+            self._claimed = True
+            return True
+
+    def release(self) -> None:
+        """Give the right to fill back; nothing where it is not held."""
+        with self._claiming:
+            if self._claimed and self.segment.fd >= 0:
+                self._lock(fcntl.F_UNLCK, self._claim_byte)
+            self._claimed = False
+
+    @property
+    def claimed(self) -> bool:
+        """Whether somebody, in this process or another one, may be writing `data`."""
+        if self._claimed:
+            return True
+        wish = struct.pack(_FLOCK, fcntl.F_WRLCK, os.SEEK_SET, self._claim_byte, 1, 0)
+        return bool(struct.unpack(_FLOCK, fcntl.fcntl(self.segment.fd, fcntl.F_OFD_GETLK, wish))[0] != fcntl.F_UNLCK)
+
+    @property
+    def _claim_byte(self) -> int:
+        return self.segment.num_slots + self.index  # of the file, behind those that guard headers
+
     def _wipe(self, sequence: int) -> None:
         self._copies[sequence % 2][:8].view("<u8")[0] = 0
 
@@ -146,20 +183,21 @@ class Slot:
         """Exclude other writers: threads by a lock, processes by a lock of the file that dies with its holder."""
         deadline = time.monotonic() + wait_s
         got = self._writing.acquire(timeout=wait_s) if wait_s > 0 else self._writing.acquire(blocking=False)
-        locked = got and self._lock(fcntl.F_WRLCK)
+        locked = got and self._lock(fcntl.F_WRLCK, self.index)
         while got and not locked and time.monotonic() < deadline:
             time.sleep(0.0002)
-            locked = self._lock(fcntl.F_WRLCK)
+            locked = self._lock(fcntl.F_WRLCK, self.index)
         try:
             yield locked
         finally:
             if locked:
-                self._lock(fcntl.F_UNLCK)
+                self._lock(fcntl.F_UNLCK, self.index)
             if got:
                 self._writing.release()
 
-    def _lock(self, kind: int) -> bool:
-        wish = struct.pack("hhqqi0q", kind, os.SEEK_SET, self.index, 1, 0)
+    def _lock(self, kind: int, byte: int) -> bool:
+        """Set or end a lock that is held by the open file, so that it ends with the last process that has it open."""
+        wish = struct.pack(_FLOCK, kind, os.SEEK_SET, byte, 1, 0)
         try:
             fcntl.fcntl(self.segment.fd, fcntl.F_OFD_SETLK, wish)
         except BlockingIOError:
@@ -313,13 +351,14 @@ def verify(slot: Slot, header: SlotHeader) -> list[int]:
 
 def pick_slot(segment: Segment, generation: int) -> tuple[Slot, int] | None:
     """Choose the slot to fill next, and say at which number it was found so: one that holds nothing, or one that a
-    dead generation left half filled. None: there is none now, skip this snapshot.
+    dead generation left half filled; none that a process, however old, may still write. None: skip this snapshot.
 
     Whoever commits snapshots frees what they replace, so nothing that may be the newest is ever chosen.
     """
     for slot in segment.slots:
         sequence = slot.sequence
         header = slot.header()
-        if header is None or (header.state == State.FILLING and header.generation < generation):
+        holds_nothing = header is None or (header.state == State.FILLING and header.generation < generation)
+        if holds_nothing and not slot.claimed:
             return slot, sequence
     return None

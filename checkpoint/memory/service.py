@@ -58,6 +58,7 @@ class Service:
         self.settings = Settings.read_from(self.folder)
         self.slots = NodeSlots(self.folder, log)
         self.drive = Drive(self.settings.local_dir, self.folder.job, self.folder.node)
+        self._drives = threading.Lock()
         self.duty: Duty | None = None
         self._hasher = Hasher()
         self._verbs = Verbs(self)
@@ -157,10 +158,21 @@ class Service:
             self.folder.replace(self.folder.membership_path(generation), membership.dump().encode())
             self._serve(membership, base)
 
+    def look_at_drive(self, local_dir: str | None = None) -> Drive:
+        """Return this node's drive, as the settings in its folder name it now or as given.
+
+        Whoever starts nodes begins this process before the first trainer of a node leaves its settings there.
+        """
+        local_dir = Settings.read_from(self.folder).local_dir if local_dir is None else local_dir
+        with self._drives:
+            if local_dir != self.drive.local_dir:
+                self.drive.close()
+                self.drive = Drive(local_dir, self.folder.job, self.folder.node)
+            return self.drive
+
     def _serve(self, membership: Membership, base: int) -> None:
         node, job = self.folder.node, self.folder.job
-        self.drive.close()
-        self.drive = Drive(self.settings.local_dir, job, node)
+        self.look_at_drive(self.settings.local_dir)
         persister = Persister(self.folder, node, job, self.settings, log)
         own = self._verbs.handle
         duty = Duty(self.folder, self.slots, membership, self.settings, base, persister, own, log)

@@ -74,7 +74,7 @@ class Verbs:
         held = [_described(header, "ram") for _, header in self.slots.held()]
         held += [
             _described(found, "local") if isinstance(found, SlotHeader) else found
-            for found in self.process.drive.inventory()
+            for found in self.process.look_at_drive().inventory()
         ]
         memberships = sorted({*self.folder.memberships(), *self.process.drive.memberships()})
         return {"node": self.folder.node, "generation": self.folder.read_generation(), "held": held} | {

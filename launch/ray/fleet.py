@@ -25,7 +25,8 @@ from windlass.launch.ray.wishes import NAMESPACE, Wishes, actor_on, actor_prefix
 from windlass.launch.ray.worker_actor import ActorFacts, Job, Line, WorkerActor, meeting_point, worker_variables
 from windlass.launch.ray.workers import RayWorkers, end_actors, streams_shown
 
-ACTOR_S = 30.0
+ACTOR_S = 60.0
+START_S = 150.0  # the first worker of an actor waits until everything is imported
 LOOK_S = 0.5  # between looks at Ray's table of nodes
 STRUCK = {
     "smp": "snapshot process of {} killed",
@@ -124,7 +125,7 @@ class RayFleet:
             if not place.usable:
                 raise WorkerError(f"{place.name}: {place.lost or 'Ray says that it is gone'}")
         names = _actor_names(seating)
-        end_actors([self._workers.pop(name).handle for name in list(self._workers) if name not in names])
+        self._end_workers([self._workers.pop(name) for name in list(self._workers) if name not in names])
         self._have_workers({name: places[node] for name, node in zip(names, seating.nodes, strict=True)})
         workers = [self._workers[name] for name in names]
         seats = [Seat(rank, rank, *seating.place(rank)) for rank in range(seating.world_size)]
@@ -147,7 +148,7 @@ class RayFleet:
             begin = worker.handle.start.remote(wishes.command, given, wishes.cwd, show, job, wishes.folder(node))
             started.append((begin, node))
         for begin, node in started:
-            self._get(begin, node)
+            self._get(begin, node, START_S, what="a worker has not begun to run")
         self._have_spares(seating)
         return self._watch(names, generation, seating)
 
@@ -180,20 +181,26 @@ class RayFleet:
             if all(name in self._workers for name in wanted):
                 return
 
+    def _end_workers(self, workers: Sequence[_Worker]) -> None:
+        """End actors; those of lost nodes, which may live on there, are not waited for."""
+        answering = {place.node_id for place in self._places.all() if place.usable}
+        end_actors([worker.handle for worker in workers if worker.facts.node_id in answering])
+        for worker in workers:
+            if worker.facts.node_id not in answering:
+                ray.kill(worker.handle)
+
     def _begin_worker(self, name: str, place: Place) -> Any:
         """Start the actor of this name, or find it: it may have been ready on a spare node."""
         wishes = self._wishes
         kind = actor_on(place, WorkerActor, wishes.job, name, wishes.worker)
         return kind.remote(wishes.lease_s, wishes.fork_server)
 
-    def _get(self, call: Any, node: str) -> Any:
+    def _get(self, call: Any, node: str, timeout_s: float = ACTOR_S, *, what: str = "") -> Any:
         try:
-            return ray.get(call, timeout=ACTOR_S)
+            return ray.get(call, timeout=timeout_s)
         except GetTimeoutError:
-            raise WorkerError(
-                f"{node}: the actor of a worker has not started within {ACTOR_S:g} s. Other jobs may hold its "
-                f"{' and '.join(self._wishes.worker)}"
-            ) from None
+            held = f"the actor of a worker has not begun. Other jobs may hold its {' and '.join(self._wishes.worker)}"
+            raise WorkerError(f"{node}: {what or held} (after {timeout_s:g} s)") from None
         except RayError as exc:
             if not self._places[node].answers():
                 self._places[node].lost = GONE
@@ -282,8 +289,8 @@ class RayFleet:
         if self._released:
             return
         self._released = True
-        spares = [handle for handle, _ in self._spares.values()]
-        end_actors([worker.handle for worker in self._workers.values()] + spares)
+        self._end_workers(list(self._workers.values()))
+        end_actors([handle for handle, node in self._spares.values() if self._places[node].usable])
         self._workers.clear()
         self._agents.release(ok)
 

@@ -146,7 +146,7 @@ class Live:
         return Membership.parse(path.read_bytes(), str(path))
 
     def until_at(self, level: str, step: int, node: int | None = None) -> None:
-        """Wait until a level ("ram", "peers", "local", "storage") holds a step, as a node, or that of rank 0, sees it."""
+        """Wait until a level ("ram", "peers", "local", "storage") holds a step, as a node sees it (that of rank 0)."""
 
         seen: object = None
 
@@ -511,4 +511,3 @@ def end_all(memory: Path) -> None:
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
     shutil.rmtree(memory, ignore_errors=True)
-

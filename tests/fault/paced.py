@@ -1,7 +1,7 @@
 """A worker as in `windlass.launch.worker`, whose steps are long compared with protecting a snapshot, as real ones are.
 
-Rank 0 begins a step only when the snapshot of the step before the last one is protected on all nodes (and is where else
-the command line says: "storage", "local"; none waits for ever). What a failure
+Rank 0 begins a step only when the snapshot of the step before the last one is protected on all nodes, and the last one
+is where else the command line says ("storage", "local"); it does not wait for ever. What a failure
 costs then follows from where it strikes, and not from how busy the machine of the tests is. The door "step" is where it
 waits; everything else is the product.
 """
@@ -35,19 +35,20 @@ class Pace:
 
     def __call__(self, point: str, *, rank: int, step: int) -> None:
         end = time.monotonic() + PATIENCE_S
-        while point == "step" and rank == 0 and not self._kept(step - 2) and time.monotonic() < end:
+        while point == "step" and rank == 0 and not self._kept(step) and time.monotonic() < end:
             time.sleep(LOOK_S)
         fault(point, rank=rank, step=step)
 
     def _kept(self, step: int) -> bool:
-        if step < 1:
+        wanted = {level: (step - (2 if level == "peers" else 1)) // n * n for level, n in self._every.items()}
+        if max(wanted.values(), default=0) < 1:
             return True
         try:
             with SnapshotClient.of(self._folder) as client:
                 newest = client.status().newest
         except CheckpointError:
             return False
-        return all(newest.get(level, -1) >= step // every * every for level, every in self._every.items())
+        return all(newest.get(level, -1) >= least for level, least in wanted.items())
 
 
 def run(loaded: Loaded, levels: list[str]) -> int:

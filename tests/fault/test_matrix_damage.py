@@ -153,7 +153,7 @@ def test_a_damaged_file_of_the_local_level_is_rebuilt_or_passed_over(lab: Lab) -
     def both(live: Live) -> None:
         live.forget()
         for node, role in ((0, "parity"), (1, "data")):
-            flipped(next(newest(live, node).glob(f"{role}-*.seg")))
+            zeroed(next(newest(live, node).glob(f"{role}-*.seg")))
 
     steps = (3, 5, 7, 9, 11)
     told = lab.run(

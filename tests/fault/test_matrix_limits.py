@@ -11,16 +11,20 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from statistics import median
 
 import pytest
 
-from tests.fault.memory_runs import Act, Lab, Live, Told, end_all
+from tests.fault.memory_runs import EXACT, Act, Lab, Live, Told, end_all
+from windlass.checkpoint.memory import pids
 from windlass.checkpoint.memory.folder import list_jobs
 from windlass.checkpoint.store import list_checkpoints
 from windlass.dist.errors import CheckpointError, ConfigError, PlanError
+from windlass.launch.check import check_job
+from windlass.launch.config import load_job
 from windlass.launch.metrics import read_metrics
 
 MIB = 1 << 20
@@ -33,6 +37,13 @@ def warnings(told: Told) -> str:
 
 def saved(told: Told) -> list[int]:
     return sorted(info.step for info in list_checkpoints(told.run / "checkpoints") if info.problem is None)
+
+
+def check_went_on(told: Told, lab: Lab) -> None:
+    """Check that a run that was started again did no step twice, and each as the undisturbed run."""
+    assert (told.code, told.leftovers) == (0, []), told.said
+    right = [[entry[key] for key in EXACT] for entry in lab.undisturbed().history]
+    assert [[entry[key] for key in EXACT] for entry in told.every_step] == right
 
 
 class Mounted:
@@ -137,7 +148,8 @@ def test_a_slow_link_skips_snapshots_and_counts_them_and_training_waits_at_its_o
         sizes.append(status.resident["own"])
 
     acts = [Act(2, look), Act(11, look)]
-    told = lab.run(spares=0, strikes=acts, settings=["snapshot.link_bytes_per_s=400000"])
+    slow = ["snapshot.link_bytes_per_s=700000", "snapshot.slots=2"]
+    told = lab.run(spares=0, strikes=acts, settings=slow, pace=())
     told.check(lab.undisturbed(), restarts=0)
     last = told.history[-1]["snapshot"]
     assert last["skipped"] > 0
@@ -145,3 +157,66 @@ def test_a_slow_link_skips_snapshots_and_counts_them_and_training_waits_at_its_o
     usual = median(entry["step_s"] for entry in lab.undisturbed().history)
     own = median(entry["step_s"] - entry["snapshot"]["blocked_s"] for entry in told.history[1:])
     assert own < 5 * usual + 0.2, "beyond the gate, steps take what they take"
+
+
+# -- given wrongly -----------------------------------------------------------------------------------------------------
+
+
+def test_a_group_larger_than_there_are_nodes_is_refused_with_the_size_that_works(lab: Lab) -> None:
+    told = lab.run(spares=0, settings=["snapshot.group=3", "recovery.max_restarts=0"])
+    assert told.code == PlanError.exit_code and told.every_step == []
+    assert "snapshot.group" in told.said and "2" in told.said
+    assert told.leftovers == []
+
+
+def test_ranks_that_protect_each_other_on_one_machine_are_warned_of(lab: Lab) -> None:
+    told = lab.run(nodes=1, spares=0)
+    assert told.code == 0 and "node-0" in warnings(told)
+
+
+def test_storage_that_cannot_be_written_is_refused_before_anything_starts(lab: Lab, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("no folder")
+    keys = [f"checkpoint.url=file://{tmp_path}/file/run", "checkpoint.mode=lazy", f"train.run_dir={tmp_path}/run"]
+    with pytest.raises(ConfigError, match=r"checkpoint\.url = .*/file/run': cannot be written"):
+        check_job(load_job(lab.job, [*keys, "launch.workers=2"]), 2)
+
+
+def test_snapshots_of_another_shape_of_the_model_are_refused_by_name_and_stay(lab: Lab) -> None:
+    stopping = ["recovery.max_restarts=0"]
+    died = lab.run(spares=0, fault="kill:train.forward:rank=1:step=4", settings=stopping, keep=True)
+    assert died.code == 128 + signal.SIGKILL, died.said
+    other = lab.run(spares=0, settings=[*stopping, "model.hidden_size=64"], after=died, keep=True)
+    assert other.code == CheckpointError.exit_code
+    assert "embed" in other.said and "32" in other.said and "64" in other.said
+    again = lab.run(spares=0, settings=stopping, after=died)
+    check_went_on(again, lab)
+
+
+# -- several jobs ------------------------------------------------------------------------------------------------------
+
+
+def test_jobs_that_share_a_folder_in_memory_do_not_see_each_other(lab: Lab) -> None:
+    stopping = ["recovery.max_restarts=0"]
+    died = lab.run(spares=0, fault="kill:train.forward:rank=1:step=4", settings=stopping, keep=True)
+    held = {folder.job for folder in list_jobs(died.memory)}
+    other = lab.run(spares=0, memory=died.memory, keep=True)
+    other.check(lab.undisturbed(), restarts=0)
+    assert {folder.job for folder in list_jobs(died.memory)} == held, "the other job's is gone, this one's is here"
+    again = lab.run(spares=0, settings=stopping, after=died)
+    check_went_on(again, lab)
+
+
+def test_what_a_dead_job_left_goes_with_its_lease_when_another_one_starts(lab: Lab) -> None:
+    stopping = ["recovery.max_restarts=0", "snapshot.lease_s=100"]
+    memory, fault = lab.new_memory(), "kill:train.forward:rank=1:step=2"
+    for _ in range(2):
+        assert lab.run(spares=0, fault=fault, settings=stopping, memory=memory, keep=True).code != 0
+    early, late = sorted({folder.job for folder in list_jobs(memory)})
+    for folder in list_jobs(memory):
+        served = folder.read_smp()
+        assert served is not None and pids.kill([(served.pid, served.started)], 5.0) == []
+        if folder.job == early:
+            os.utime(folder.lease_path, (0, time.time() - 101))
+    lab.run(spares=0, memory=memory, keep=True).check(lab.undisturbed(), restarts=0)
+    assert {folder.job for folder in list_jobs(memory)} == {late}
+    end_all(memory)

@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import signal
 import threading
+from pathlib import Path
 
 import pytest
 
+from tests.fault.commands import commands_of
 from tests.fault.memory_runs import BATCH, Act, Lab, Live, Told
 from tests.waiting import until
 from windlass.checkpoint.store import list_checkpoints
 from windlass.launch.control_log import read_phases
 
-GRACE_S = 20.0
+GRACE_S = 30.0
 LONG = ("train.steps=2000", f"recovery.grace_s={GRACE_S:g}")
 
 
@@ -100,3 +102,11 @@ def test_while_a_snapshot_is_restored_it_is_restored_and_saved(lab: Lab) -> None
     told = lab.run(fault=fault, between={2: ask_when_met}, settings=LONG)
     check_stopped(told, after=3)
     assert told.restored in ([], [(3, "ram")])
+
+
+def test_a_signal_to_the_command_itself_is_passed_on_to_its_workers(lab: Lab, tmp_path: Path) -> None:
+    with commands_of(lab, tmp_path) as commands:
+        run = commands.start("launch.workers=2", steps=2000)
+        run.until(2)
+        run.process.terminate()
+        check_stopped(commands.told(run, timeout_s=GRACE_S), after=2)

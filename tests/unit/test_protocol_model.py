@@ -27,9 +27,9 @@ NUMBERS = st.integers(0, 63)
 
 
 def test_every_schedule_of_faults_keeps_what_was_committed_and_ends_in_new_commits():
-    worlds = explore(range(280), length=100)
-    assert sum(world.generation > 1 for world in worlds) > 100
-    assert sum(world.truth.num_commits for world in worlds) > 280
+    worlds = explore(range(320), length=100)
+    assert sum(world.generation > 1 for world in worlds) > 150
+    assert sum(world.truth.num_commits for world in worlds) > 640
 
 
 class Protocol(RuleBasedStateMachine):
@@ -323,7 +323,7 @@ def test_a_node_that_comes_back_from_behind_a_cut_changes_nothing_and_is_passed_
     world.settle(commits=1)
     protected = world.truth.protected
     assert all(node.there for node in world.nodes.values()) and protected[0] == 2
-    next(t for t in world.run.trainers).alive = False
+    world.run.trainers[0].alive = False
     until(world, lambda: recovered(world) and world.generation == 3, *RECOVER, "copied")
     assert world.run.base.generation == 2
 
@@ -350,3 +350,38 @@ def test_when_memory_is_lost_the_newest_checkpoint_in_storage_is_taken():
         world.act("reboot", number)
     until(world, lambda: recovered(world), *RECOVER, "copied")
     assert (world.run.base.tier, world.run.base_key) == ("storage", saved)
+
+
+def test_a_rollback_is_kept_to_whatever_fails_next_and_its_batches_stay_left_out():
+    world = settled(Shape(nodes=2, spares=1, slots=3, persist_every=1))
+    until(world, lambda: len(world.storage) >= 3, *PROGRESS)
+    assert world.act("roll_back", 2)
+    record = next(r for r in world.log if r["kind"] == "rollback")
+    until(world, lambda: recovered(world), *RECOVER, "copied")
+    assert world.run.step == record["step"]
+    world.run.trainers[0].alive = False  # before anything of the new generation is committed
+    until(world, lambda: recovered(world) and world.generation == 3, *RECOVER, "copied")
+    assert world.run.step == record["step"]
+    world.settle(commits=2)
+    skipped = world.control_log.skips()
+    assert world.run.step > record["step"] and len(skipped) == 1
+    world.truth.check_samples(world.run.content, skipped)
+
+
+def test_a_step_on_its_way_into_storage_stays_in_memory_until_it_is_there():
+    world = settled(Shape(nodes=2, spares=0, slots=3, persist_every=1))
+    until(world, lambda: len(world.persists) == 1, *PROTECT, "report", "deliver")
+    key, commits = world.persists[0].key, world.truth.num_commits
+    until(world, lambda: world.truth.num_commits > commits + 1, *PROTECT, "report", "deliver")
+    assert world.truth.protected > key and key in world.truth.restorable()
+    until(world, lambda: key in world.storage, "persist")
+    until(world, lambda: key not in world.truth.restorable(), *PROTECT, "report", "deliver")
+    assert world.truth.content(world.truth.protected) != world.storage[key]
+
+
+def test_parity_that_trainers_make_themselves_protects_as_well():
+    world = settled(Shape(nodes=3, local_parity=True))
+    protected = world.truth.protected
+    world.act("lose_node", 1, 0)
+    until(world, lambda: recovered(world), *RECOVER, "copied")
+    assert world.run.base_key >= protected and world.run.base.decoded == (1,)

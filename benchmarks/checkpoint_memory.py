@@ -1,0 +1,167 @@
+"""What snapshots take of a node, and how fast they get to disk: parts `memory` and `persist` of checkpoint.py.
+
+`memory`: nodes with one rank each take snapshots one after the other, with XOR parity, while what every node holds is
+sampled: the files of its folder, and what its snapshot process takes beside them. `persist`: one node writes a
+protected snapshot to disk, in turns with a plain loop that writes the same bytes out of the same memory and syncs.
+
+Not meant to be started by hand: see benchmarks/checkpoint.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import threading
+import time
+from collections.abc import Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Iterator
+
+import torch
+from checkpoint_ours import Held, Rank, files_bytes, make_state, own_bytes, until
+from ranks import Reporter
+
+from windlass.checkpoint.memory.segment import Segment
+from windlass.checkpoint.memory.settings import Settings
+from windlass.checkpoint.policy import SnapshotConfig
+
+LOOK_S = 0.02
+WAIT_S = 120.0
+PIECE = 8 << 20
+
+
+@contextmanager
+def nodes_of(
+    base: Path, num_nodes: int, num_bytes: int, policy: SnapshotConfig, settings: Settings
+) -> Iterator[Sequence[Rank]]:
+    """Start nodes with one rank each, and end them."""
+    base.mkdir()
+    ranks: list[Rank] = []
+    try:
+        for rank in range(num_nodes):
+            ranks.append(Rank(base, Held.of(make_state(num_bytes, rank), rank, num_nodes), num_nodes, policy))
+        places = [rank.place() for rank in ranks]
+        for rank in ranks:
+            rank.join(places, settings)
+        yield ranks
+    finally:
+        for rank in ranks:
+            rank.close()
+
+
+def snapshot(ranks: Sequence[Rank], step: int) -> None:
+    """Take a snapshot on all nodes and wait until it is copied."""
+    until(lambda: all(rank.capturer.ready() for rank in ranks), WAIT_S)
+    for rank in ranks:
+        rank.snapshot(step)
+    for rank in ranks:
+        rank.capturer.gate()
+
+
+class Peaks:
+    """Samples what nodes hold: the most of each."""
+
+    def __init__(self, ranks: Sequence[Rank]) -> None:
+        self.total, self.files, self.own = [[0] * len(ranks) for _ in range(3)]
+        self._ranks, self._stopped = ranks, threading.Event()
+        self._thread = threading.Thread(target=self._run)
+        self._thread.start()
+
+    def _run(self) -> None:
+        while not self._stopped.wait(LOOK_S):
+            for place, rank in enumerate(self._ranks):
+                files, own = files_bytes(rank.folder.path), own_bytes(rank.served.pid)
+                self.total[place] = max(self.total[place], files + own)
+                self.files[place], self.own[place] = max(self.files[place], files), max(self.own[place], own)
+
+    def stop(self) -> None:
+        self._stopped.set()
+        self._thread.join()
+
+
+def measure_memory(given: argparse.Namespace, num_nodes: int) -> dict[str, Any]:
+    """Return the peaks of the fullest node, in bytes."""
+    policy = SnapshotConfig(every=1, redundancy="xor")
+    with nodes_of(given.memory / f"of-{num_nodes}", num_nodes, given.bytes, policy, Settings()) as ranks:
+        peaks = Peaks(ranks)
+        try:
+            for step in range(1, given.rounds + 4):
+                snapshot(ranks, step)
+            until(lambda: all(rank.protected(step) for rank in ranks), WAIT_S)
+        finally:
+            peaks.stop()
+        shard = max(rank.capturer.layout.num_bytes for rank in ranks)
+    fullest = max(range(num_nodes), key=lambda place: peaks.total[place])
+    return {
+        "nodes": num_nodes,
+        "slots": policy.slots,
+        "shard": shard,
+        "total": peaks.total[fullest],
+        "files": peaks.files[fullest],
+        "own": peaks.own[fullest],
+    }
+
+
+def measure_persist(given: argparse.Namespace) -> list[dict[str, float]]:
+    """Return the bytes per second of both ways, by round."""
+    settings = Settings(mode="lazy", every=10**9, storage=str(given.folder / "checkpoints"), keep=2)
+    found = []
+    with nodes_of(given.memory / "persist", 1, given.bytes, SnapshotConfig(every=1), settings) as ranks:
+        rank = ranks[0]
+        for step in range(1, given.rounds + 2):
+            snapshot(ranks, step)
+            until(lambda: rank.protected(step), WAIT_S)
+            ways = [("windlass", lambda: flush(rank, step)), ("plain", lambda: write_plainly(rank, given.folder))]
+            rates = {name: way() for name, way in (ways if step % 2 else ways[::-1])}
+            if step > 1:  # the first one finds folders and files to be made, and code to be read
+                found.append(rates)
+    return found
+
+
+def flush(rank: Rank, step: int) -> float:
+    """Return the bytes per second of making a step durable, as whoever asks for it sees it."""
+    began = time.perf_counter()
+    done = rank.client.flush(WAIT_S, at_least=step)
+    assert done.step == step
+    return rank.capturer.layout.num_bytes / (time.perf_counter() - began)
+
+
+def write_plainly(rank: Rank, folder: Path) -> float:
+    """Return the bytes per second of a sequential writer with one fsync."""
+    file = next(file for file in rank.folder.segments() if file.role == "data")
+    segment, path = Segment.open(file.path), folder / "plain.bin"
+    num_bytes = rank.capturer.layout.num_bytes
+    data = segment.slots[0].data[:num_bytes]
+    began = time.perf_counter()
+    with path.open("wb", buffering=0) as out:
+        for low in range(0, num_bytes, PIECE):
+            out.write(data[low : low + PIECE].data)
+        os.fsync(out.fileno())
+    rate = num_bytes / (time.perf_counter() - began)
+    path.unlink()
+    del data
+    segment.close()
+    return rate
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--part", choices=("memory", "persist"), required=True)
+    parser.add_argument("--bytes", type=int, required=True)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--folder", type=Path, required=True)
+    parser.add_argument("--memory", type=Path, required=True)
+    parser.add_argument("--events", type=int, required=True)
+    given = parser.parse_args()
+    torch.set_num_threads(1)
+    reporter = Reporter(given.events)
+    reporter.phase("timed")
+    if given.part == "memory":
+        reporter.result(rows=[measure_memory(given, num_nodes) for num_nodes in (2, 3)])
+    else:
+        reporter.result(rows=measure_persist(given))
+
+
+if __name__ == "__main__":
+    main()
