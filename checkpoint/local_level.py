@@ -3,12 +3,16 @@
     <local_dir>/<job>/<node>/step-00000100/   complete.json (last), membership.json, layouts/<digest>.json,
                                               data-00003.seg, parity-00003.seg (one slot each)
 
-A step is worth as much as those of the other nodes: they are put together as snapshots in memory are.
+A step is worth as much as those of the other nodes: they are put together as snapshots in memory are. It outlives its
+run folder, whose path names the job, so it tells by a digest of the job's token of which run it is: one of a run that
+was deleted and begun anew in the same place does not count, and is removed.
 Must not know: torch, other nodes, which steps are due.
 """
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import json
 import os
 import re
@@ -21,12 +25,14 @@ import numpy as np
 import xxhash
 
 from windlass.checkpoint.archives import BATCH_BYTES, Checked
+from windlass.checkpoint.memory.folder import NodeFolder
 from windlass.checkpoint.memory.header import SlotHeader
 from windlass.checkpoint.memory.pace import Pace
 from windlass.checkpoint.memory.segment import Segment, Slot
+from windlass.checkpoint.memory.settings import Settings
 from windlass.checkpoint.retention import sweep
 from windlass.checkpoint.storage import LocalStorage, write_new
-from windlass.checkpoint.store import staging_name, step_name, take_name
+from windlass.checkpoint.store import PERSIST, staging_name, step_name, take_name
 from windlass.dist.errors import CheckpointError
 
 COMPLETE = "complete.json"
@@ -58,17 +64,25 @@ class LocalStep:
 
 
 class LocalLevel:
-    """The steps of one node on its drive."""
+    """The steps of one run that a node has on its drive; `node` is the folder that it has in memory."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder, self.root = folder, LocalStorage(folder)
+    def __init__(self, node: NodeFolder, local_dir: Path | str) -> None:
+        self.node, self.folder = node, Path(local_dir) / node.job / node.node
+        self.root = LocalStorage(self.folder)
+
+    @property
+    def run(self) -> str:
+        """Return what tells this run from another one in the same place."""
+        return hashlib.sha256(self.node.read_token().encode()).hexdigest()[:32]
 
     def complete(self) -> list[LocalStep]:
         """Return the steps that are complete, newest first."""
-        found = [step for name in self.root.names() if (step := self._read(name)) is not None]
+        names = self.root.names()
+        own = self.run if names else ""
+        found = [step for name in names if (step := self._read(name, own)) is not None]
         return sorted(found, key=lambda held: (held.generation, held.step), reverse=True)
 
-    def _read(self, name: str) -> LocalStep | None:
+    def _read(self, name: str, own: str) -> LocalStep | None:
         match = _STEP.fullmatch(name)
         if match is None:
             return None
@@ -77,19 +91,26 @@ class LocalLevel:
             sizes = {file: (self.folder / name / file).stat().st_size for file in body["files"]}
             if body["xxh3"] != _seal(body) or sizes != body["files"] or body["step"] != int(match[1]):
                 return None
-            return LocalStep(self.folder / name, body["step"], body["generation"])
+            return LocalStep(self.folder / name, body["step"], body["generation"]) if body["run"] == own else None
         except (OSError, ValueError, KeyError, TypeError):  # damaged: other nodes, or other levels, have to do
             return None
+
+    def _is_of_another_run(self, name: str, own: str) -> bool:
+        try:
+            body = json.loads((self.folder / name / COMPLETE).read_bytes())
+            return bool(body["xxh3"] == _seal(body) and body["run"] != own)
+        except (OSError, ValueError, KeyError, TypeError):
+            return False  # damaged: nobody can tell
 
     def begin(self, step: int, generation: int, needed: int) -> str:
         """Make the folder that a step is written into; return its name."""
         self.root.make_folder()
         self.folder.chmod(0o700)
-        self.sweep(generation)
+        self.sweep(generation, PERSIST)
         free = self.root.free_bytes()
         if free is not None and free < needed:
             raise CheckpointError(f"it needs {needed} bytes, {free} are free on {self.folder}")
-        temporary = staging_name(self.root, step, generation)
+        temporary = staging_name(self.root, step, generation, PERSIST)
         (self.folder / temporary).mkdir(mode=0o700)
         (self.folder / temporary / "layouts").mkdir(mode=0o700)
         return temporary
@@ -126,6 +147,7 @@ class LocalLevel:
         body = {
             "step": step,
             "generation": generation,
+            "run": self.run,
             "files": {str(p.relative_to(storage.folder)): p.stat().st_size for p in files},
         }
         write_new(storage, COMPLETE, json.dumps(body | {"xxh3": _seal(body)}, indent=1).encode())
@@ -137,13 +159,42 @@ class LocalLevel:
             self.root.remove(name)
         for old in self.complete()[KEEP:]:
             fault("purge", 0, step)
-            (old.folder / COMPLETE).unlink()
-            self.root.remove(old.folder.name)
+            self._discard(old.folder.name)
         return str(self.folder / final)
 
-    def sweep(self, generation: int) -> None:
-        """Remove what this generation and older ones left unfinished."""
-        sweep(self.root, generation)
+    def sweep(self, generation: int, writer: str = "") -> None:
+        """Remove what older generations left unfinished, and `writer` in this one, and the steps of another run."""
+        sweep(self.root, generation, writer)
+        own = self.run
+        for name in self.root.names():
+            if _STEP.fullmatch(name) and self._is_of_another_run(name, own):
+                self._discard(name)
+
+    def remove(self) -> None:
+        """Remove all that is here, of whatever run, and the job's folder if nothing else is there."""
+        for name in self.root.names():
+            if _STEP.fullmatch(name):
+                self._discard(name)
+        self.root.remove("")
+        with contextlib.suppress(OSError):  # other nodes
+            self.folder.parent.rmdir()
+
+    def _discard(self, name: str) -> None:
+        (self.folder / name / COMPLETE).unlink(missing_ok=True)  # first: what is left then counts for nobody
+        self.root.remove(name)
+
+
+def remove_local_level(node: NodeFolder) -> Path | None:
+    """Remove what a node keeps on its drive of a run that needs it no more; return the folder, None if there is none.
+
+    To be called before the folder in memory is removed, which knows where the drive is.
+    """
+    local_dir = Settings.read_from(node).local_dir
+    level = LocalLevel(node, local_dir) if local_dir else None
+    if level is None or not level.folder.is_dir():
+        return None
+    level.remove()
+    return level.folder
 
 
 def _copy(path: Path, slot: Slot, header: SlotHeader, pace: Pace, fault: Callable[[str, int, int], None]) -> None:
@@ -188,5 +239,5 @@ def _made(path: Path, header: SlotHeader) -> Iterator[Segment]:
 
 
 def _seal(body: Mapping[str, object]) -> str:
-    text = json.dumps([body["step"], body["generation"], body["files"]], sort_keys=True)
+    text = json.dumps([body["step"], body["generation"], body["run"], body["files"]], sort_keys=True)
     return xxhash.xxh3_64_hexdigest(text.encode())

@@ -16,7 +16,6 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 from windlass.checkpoint.archives import Checked, file_bytes, write_archives
@@ -33,13 +32,13 @@ from windlass.checkpoint.memory.segment import Slot
 from windlass.checkpoint.memory.settings import Settings
 from windlass.checkpoint.retention import discard, retain, sweep
 from windlass.checkpoint.storage import Storage, storage_of
-from windlass.checkpoint.store import CheckpointInfo, begin_generation, list_checkpoints, staging_name, verify
+from windlass.checkpoint.store import PERSIST, CheckpointInfo, begin_generation, list_checkpoints, staging_name, verify
 from windlass.dist.dcp_format import data_file_name
 from windlass.dist.env import fault
 from windlass.dist.errors import CheckpointError
 
 STORAGE, LOCAL = "storage", "local"
-LEAST_VALID = 2  # checkpoints that retention never touches, whatever checkpoint.keep says
+LEAST_VALID = 2  # checkpoints that retention never touches, whatever checkpoint.keep says; not with mode "sync"
 
 
 class Persister:
@@ -53,7 +52,7 @@ class Persister:
         self.folder, self.node, self.settings, self._log = folder, node, settings, log
         self._pace = Pace(settings.bandwidth_bytes_per_s)
         self._storage: Storage | None = None
-        self._local = LocalLevel(Path(settings.local_dir) / job / node) if settings.local_dir else None
+        self._local = LocalLevel(folder, settings.local_dir) if settings.local_dir else None
         self._valid: set[str] = set()  # seals of checkpoints whose every byte was seen to be right
 
     @property
@@ -77,7 +76,8 @@ class Persister:
     def begin(self, level: str, step: int, generation: int, membership: Membership) -> str:
         """Make the folder that a step is written into; return its name.
 
-        What this generation and older ones left unfinished is removed. Level "local": on this node only.
+        What snapshot processes of this generation, and anybody of older ones, left unfinished is removed.
+        Level "local": on this node only.
         """
         if level == LOCAL:
             needed = sum(m.num_bytes for m in membership.by_node[self.node])
@@ -88,11 +88,11 @@ class Persister:
         with self._reporting(level, step, needed):
             storage.make_folder()
             begin_generation(storage, generation)
-            sweep(storage, generation)
+            sweep(storage, generation, PERSIST)  # trainers may be writing there at this moment
             free = storage.free_bytes()
             if free is not None and free < needed:
                 raise CheckpointError("there is not enough free space")
-            temporary = staging_name(storage, step, generation)
+            temporary = staging_name(storage, step, generation, PERSIST)
             storage.make_folder(temporary)
             return temporary
 
@@ -212,9 +212,9 @@ class Persister:
         """Remove what older generations left unfinished on this node's drive and at the target; log what resists."""
         try:
             if self._local is not None:
-                self._local.sweep(generation - 1)
+                self._local.sweep(generation)
             if self.settings.storage and read_fence(self.storage).generation <= generation:
-                sweep(self.storage, generation - 1)
+                sweep(self.storage, generation)
         except (OSError, CheckpointError) as error:
             self._log(f"leftovers of older generations could not be removed: {error}")
 
@@ -255,14 +255,16 @@ class Persister:
             self._valid.add(info.seal)
             return True
 
-        keep = max(self.settings.keep, LEAST_VALID) if self.settings.keep else 0
+        # With mode "sync" trainers write, so this is a rare extra one, and must keep what a save would.
+        least = LEAST_VALID if self.settings.mode != "sync" else 0
+        keep = max(self.settings.keep, least) if self.settings.keep else 0
         removed = retain(
             self.storage,
             generation,
             step,
             keep,
             is_valid=is_valid,
-            least=LEAST_VALID,
+            least=least,
             fault=lambda point: self._fault(point, 0, step),
         )
         if removed:

@@ -6,8 +6,8 @@ changes nothing. Must not know: models, optimizers, ZeRO stages, which checkpoin
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from contextlib import nullcontext
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 from windlass.checkpoint.agree import Peers, on_all_ranks
@@ -26,12 +26,14 @@ def restore(
     *,
     verify: bool = True,
     manifest: Manifest | None = None,
+    remedy: str = "",
 ) -> dict[str, Any]:
     """Fill every wanted piece of `source` from the checkpoint, and return the facts saved with it.
 
     Values are converted between floating-point dtypes; any other difference is an error. A family of keys (the name
     up to the first dot: model, optimizer) that no rank wants at all is left unread. `manifest` is given where it does
-    not lie among the files. While it is read, the checkpoint is not removed by retention.
+    not lie among the files, `remedy` where it can be said what to do about one of another model. While it is read, the
+    checkpoint is not removed by retention.
 
     Collective: every rank of `group`.
     Invariant: an error in names, shapes or dtypes leaves the state as it was; damage found while reading does not.
@@ -39,10 +41,12 @@ def restore(
     """
     files = files_of(checkpoint)
     with being_read(files) if group.rank == 0 else nullcontext():
-        return _restore(files, source, group, verify, manifest)
+        return _restore(files, source, group, verify, manifest, remedy)
 
 
-def _restore(files: Files, source: StateSource, group: Peers, verify: bool, given: Manifest | None) -> dict[str, Any]:
+def _restore(
+    files: Files, source: StateSource, group: Peers, verify: bool, given: Manifest | None, remedy: str
+) -> dict[str, Any]:
     pieces: Sequence[Piece] = ()
     manifest: Manifest | None = given
 
@@ -50,12 +54,14 @@ def _restore(files: Files, source: StateSource, group: Peers, verify: bool, give
         nonlocal pieces, manifest
         manifest = read_manifest(files) if given is None else given
         pieces = source.wanted()
-        check_wanted(files.place, manifest, pieces)
+        with _advising(remedy):
+            check_wanted(files.place, manifest, pieces)
         return list(dict.fromkeys(p.key for p in pieces))
 
     wanted = {key for keys in on_all_ranks(group, check).check() for key in keys}
     assert manifest is not None
-    check_unused(files.place, manifest, wanted)
+    with _advising(remedy):
+        check_unused(files.place, manifest, wanted)
 
     def fill() -> int:
         with CheckpointReader(files, manifest, verify=verify) as reader:
@@ -64,6 +70,17 @@ def _restore(files: Files, source: StateSource, group: Peers, verify: bool, give
     on_all_ranks(group, fill).check()
     source.loaded()
     return manifest.extra
+
+
+@contextmanager
+def _advising(remedy: str) -> Iterator[None]:
+    """Add to an error what to do about it."""
+    try:
+        yield
+    except CheckpointError as error:
+        if not remedy:
+            raise
+        raise CheckpointError(f"{error}. {remedy}") from error
 
 
 def check_wanted(place: str, manifest: Manifest, pieces: Iterable[Piece]) -> None:

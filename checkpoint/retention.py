@@ -50,14 +50,19 @@ def is_being_read(checkpoint: Storage) -> bool:
     return False
 
 
-def sweep(root: Storage, generation: int) -> list[str]:
-    """Remove what saves and deletions of this generation and older ones left behind; return the names.
+def sweep(root: Storage, generation: int, writer: str = "") -> list[str]:
+    """Remove what saves and deletions of generations before this one left behind, and what `writer` did in this one;
+    return the names.
 
-    Nothing goes but names of our own pattern, and nothing of a newer generation. Not to be called while this
-    generation is writing here.
+    Nothing goes but names of our own pattern, and nothing of a newer generation, or that another writer of this one
+    may be at work on. Not to be called while `writer` is.
     """
     restore_set_aside(root)
-    found = [name for name, _, _, written_by in leftovers(root) if written_by <= generation]
+    found = [
+        left.name
+        for left in leftovers(root)
+        if left.generation < generation or (writer and left.generation == generation and left.writer in ("", writer))
+    ]
     found += [info.name for info in list_checkpoints(root) if info.hidden and info.generation < generation]
     for name in found:
         discard(root, name)

@@ -27,7 +27,7 @@ from windlass.checkpoint.manifest import readable_bytes
 from windlass.checkpoint.reader import dtype_name
 from windlass.checkpoint.retention import retain, sweep
 from windlass.checkpoint.storage import LocalStorage, Place
-from windlass.checkpoint.store import staging_name, step_name
+from windlass.checkpoint.store import SAVE, staging_name, step_name
 from windlass.checkpoint.writer import write_pieces
 from windlass.dist.dcp_format import data_file_name
 from windlass.dist.env import fault
@@ -142,9 +142,9 @@ class _Save:
         fence.check(self.generation, str(self.root))
         if self.generation:
             self.extra["generation"] = self.generation
-        sweep(self.storage, self.generation)
+        sweep(self.storage, self.generation, SAVE)  # snapshot processes may be writing there at this moment
         free = self.storage.free_bytes()
-        self.temporary = staging_name(self.storage, self.step, self.generation)
+        self.temporary = staging_name(self.storage, self.step, self.generation, SAVE)
         self.storage.make_folder(self.temporary)
         return {"needed": needed, "temporary": self.temporary, "free": free}
 

@@ -3,7 +3,7 @@
 In a file system, everything happens by renaming whole folders, so a reader sees a checkpoint complete or not at all:
 
     step-00000100/                           a complete checkpoint
-    .step-00000100.tmp-<generation>-<nonce>/ being written, or left by a save that died
+    .step-00000100.tmp-<generation>-<writer>-<nonce>/ being written, or left by a save that died
     .step-00000100.old-<nonce>/              set aside while a newer save of the same step takes its name
     .step-00000100.trash-<nonce>/            being deleted
 
@@ -22,7 +22,7 @@ import secrets
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import xxhash
 
@@ -44,7 +44,10 @@ from windlass.checkpoint.storage import (
 from windlass.dist.errors import CheckpointError
 
 _COMPLETE = re.compile(r"step-(\d{8,})(?:-g(\d+)-[0-9a-f]{8})?")
-_LEFTOVER = re.compile(r"\.(step-\d{8,}(?:-g\d+-[0-9a-f]{8})?)\.(tmp|old|trash)-(?:(\d+)-)?[0-9a-f]{8}")
+_LEFTOVER = re.compile(
+    r"\.(step-\d{8,}(?:-g\d+-[0-9a-f]{8})?)\.(tmp|old|trash)-(?:(\d+)-)?(?:(save|persist)-)?[0-9a-f]{8}"
+)
+SAVE, PERSIST = "save", "persist"  # who writes: the trainers together, or the snapshot processes; both may at one time
 
 
 @dataclass(frozen=True)
@@ -95,11 +98,11 @@ def step_name(step: int) -> str:
     return f"step-{step:08d}"
 
 
-def staging_name(storage: Storage, step: int, generation: int) -> str:
-    """Return a fresh name under which a checkpoint is written."""
+def staging_name(storage: Storage, step: int, generation: int, writer: str) -> str:
+    """Return a fresh name under which a checkpoint is written by SAVE or PERSIST (only the latter writes to URLs)."""
     nonce = secrets.token_hex(4)
     if storage.renames:
-        return f".{step_name(step)}.tmp-{generation}-{nonce}"
+        return f".{step_name(step)}.tmp-{generation}-{writer}-{nonce}"
     return f"{step_name(step)}-g{generation}-{nonce}"
 
 
@@ -284,17 +287,29 @@ def take_name(
 
 def restore_set_aside(root: Storage) -> None:
     """Give a checkpoint back its name if a save died between setting it aside and renaming its successor."""
-    for path, name, kind, _ in leftovers(root):
-        if kind == "old" and name not in root.names():
-            root.rename(path, name)
+    for left in leftovers(root):
+        if left.kind == "old" and left.checkpoint not in root.names():
+            root.rename(left.name, left.checkpoint)
 
 
-def leftovers(root: Storage) -> list[tuple[str, str, str, int]]:
-    """Return (name, of which checkpoint, tmp | old | trash, generation) of what is not a checkpoint (any more)."""
+class Leftover(NamedTuple):
+    """What is not a checkpoint, or not any more. `kind`: tmp, old or trash. Only of "tmp" it is known who wrote it."""
+
+    name: str
+    checkpoint: str
+    kind: str
+    generation: int = 0
+    writer: str = ""
+
+
+def leftovers(root: Storage) -> list[Leftover]:
+    """Return what is not a checkpoint, or not any more, and what is being written."""
     names = root.names()
-    found = [(n, m[1], m[2], int(m[3] or 0)) for n in names if (m := _LEFTOVER.fullmatch(n))]
-    attempts = [(n, n, "tmp", int(m[2])) for n in names if (m := _COMPLETE.fullmatch(n)) and m[2]]
-    return found + [a for a in attempts if not root.renames and not exists(root, f"{a[0]}/{MANIFEST_NAME}")]
+    found = [
+        Leftover(n, m[1], m[2], int(m[3] or 0), m[4] or "") for n in names if (m := _LEFTOVER.fullmatch(n)) is not None
+    ]
+    attempts = [Leftover(n, n, "tmp", int(m[2])) for n in names if (m := _COMPLETE.fullmatch(n)) and m[2]]
+    return found + [a for a in attempts if not root.renames and not exists(root, f"{a.name}/{MANIFEST_NAME}")]
 
 
 def _info(root: Storage, fence: Fence, name: str, step: int) -> CheckpointInfo | None:

@@ -5,11 +5,13 @@ Must not know: groups, collectives, what is sent later.
 
 from __future__ import annotations
 
+import contextlib
 import ipaddress
 import json
 import os
 import socket
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from typing import Any
@@ -20,6 +22,8 @@ import torch.distributed as dist
 from windlass.dist import env as environment
 from windlass.dist.env import ProcessEnv
 from windlass.dist.errors import CommError
+
+_INTERNET = (socket.AF_INET, socket.AF_INET6)
 
 
 @dataclass(frozen=True)
@@ -38,9 +42,7 @@ class Facts:
 
 def host_key() -> str:
     """Name what must be equal for two processes to share memory: the running kernel and its namespaces."""
-    with open("/proc/sys/kernel/random/boot_id") as file:
-        boot = file.read().strip()
-    return f"{boot}|{os.readlink('/proc/self/ns/net')}|{os.readlink('/proc/self/ns/pid')}"
+    return f"{network_key()}|{os.readlink('/proc/self/ns/pid')}"
 
 
 def open_store(env: ProcessEnv, timeout_s: float) -> Any:
@@ -103,6 +105,13 @@ def _came(store: Any, rank: int) -> bool:
         return False
 
 
+def network_key() -> str:
+    """Name what must be equal for two processes to reach each other at loopback addresses."""
+    with open("/proc/sys/kernel/random/boot_id") as file:
+        boot = file.read().strip()
+    return f"{boot}|{os.readlink('/proc/self/ns/net')}"
+
+
 def own_address(env: ProcessEnv, *, one_host: bool) -> str:
     """Return the address of this host under which the other ranks reach it, empty where nothing tells.
 
@@ -111,10 +120,73 @@ def own_address(env: ProcessEnv, *, one_host: bool) -> str:
     target = "127.0.0.1" if one_host else env.master_addr
     if not target:
         return ""  # ranks of several hosts that met in a shared folder: nothing tells us where they are
-    family, _, _, _, address = socket.getaddrinfo(target, env.master_port or 1, type=socket.SOCK_DGRAM)[0]
+    return _address_towards(target, env.master_port or 1)
+
+
+def _address_towards(target: str, port: int = 1) -> str:
+    """Return the address that this host has on the way to another one."""
+    family, _, _, _, address = socket.getaddrinfo(target, port, type=socket.SOCK_DGRAM)[0]
     with socket.socket(family, socket.SOCK_DGRAM) as probe:
         probe.connect(address)  # sends nothing: asks the routing table for our own address
         return str(probe.getsockname()[0])
+
+
+def address_for_peers(env: ProcessEnv, gather: Callable[[Any], list[Any]]) -> str:
+    """Return the address of this host at which those of all ranks reach a server; empty where any address will do,
+    because all ranks are on one host (several nodes may be emulated there).
+
+    In this order: the interface that GLOO_SOCKET_IFNAME names, the one that leads to rank 0's host, and where that
+    knows itself by a loopback address only, the one that leads to another rank's host.
+
+    Collective: every rank of `gather`, which returns what all of them gave, by rank
+    Raises: CommError on every rank, naming the hosts that no address was found for
+    """
+    told = gather([network_key(), *_outward(env)])
+    if len({network for network, _, _ in told}) == 1:
+        return ""
+    _, own, problem = told[env.rank]
+    if not own and not problem:
+        problem = f"{socket.gethostname()} knows itself as {env.master_addr or 'nothing'} only"
+        for _, other, _ in told:
+            if other:
+                with contextlib.suppress(OSError):
+                    own = _reachable(_address_towards(other))
+                break
+    problems = dict.fromkeys(text for text in gather("" if own else problem) if text)
+    if problems:
+        raise CommError(
+            f"the ranks are on several hosts, and some of these have no address that the others could reach: "
+            f"{'; '.join(problems)}. Set GLOO_SOCKET_IFNAME to the network interface between the hosts, e.g. eth0"
+        )
+    return own
+
+
+def _outward(env: ProcessEnv) -> tuple[str, str]:
+    """Return this host's address as it can be known here, empty if none can, and what is wrong with what was set."""
+    found = ""
+    with contextlib.suppress(OSError):  # a name that only the other hosts know
+        found = _reachable(own_address(env, one_host=False))
+    names = environment.get("GLOO_SOCKET_IFNAME").split(",")
+    if names == [""]:
+        return found, ""
+    interfaces = psutil.net_if_addrs()
+    addresses = [a for name in names for a in interfaces.get(name.strip(), []) if a.family in _INTERNET]
+    here = [address for a in sorted(addresses, key=lambda a: a.family) if (address := _reachable(a.address))]
+    if not here:
+        known = ", ".join(sorted(interfaces))
+        said = (
+            f"GLOO_SOCKET_IFNAME={','.join(names)} on {socket.gethostname()} is no interface with an address to reach"
+        )
+        return "", f"{said} (there are {known})"
+    return (found if found in here else here[0]), ""
+
+
+def _reachable(address: str) -> str:
+    """Return an address if it means one host wherever it is used, else nothing."""
+    if not address or "%" in address:  # of one link only
+        return ""
+    parsed = ipaddress.ip_address(address)
+    return "" if parsed.is_loopback or parsed.is_unspecified or parsed.is_link_local else address
 
 
 def choose_interface(env: ProcessEnv, *, one_host: bool) -> None:

@@ -30,7 +30,7 @@ from windlass.launch.decide import Failed, History, Limits, Restart, Stop, Wait,
 from windlass.launch.drill import Strike, pending
 from windlass.launch.failure import Exit, Failure, format_failures, order_failures
 from windlass.launch.fleet import Fleet, Seating
-from windlass.launch.history import Recovery, StepWatch, describe, measure, write_history
+from windlass.launch.history import Recovery, StepWatch, describe, last_reached, measure, write_history
 from windlass.launch.recovery import RecoveryConfig
 from windlass.launch.supervisor import StopCount, WorkerGroup, conclude, supervise
 
@@ -160,7 +160,8 @@ class Controller:
         if stop.count:
             return self._stopped([], stop)
         if failed is not None:
-            self._recovery = Recovery(generation, failed, decision.why, fenced, time.time())
+            reached = last_reached(self._log.since_launch())
+            self._recovery = Recovery(generation, failed, decision.why, fenced, time.time(), reached)
         self._generation, self._seating = generation, decision.seating
         self._steps.begin()
         try:
@@ -335,8 +336,12 @@ class Controller:
     # -- ends -------------------------------------------------------------------------------------------------------
 
     def _stopped(self, exits: list[Exit], stop: StopCount) -> int:
-        """End after a request to stop: 0 if the work is safe."""
-        if exits and all(ended.code == 0 for ended in exits):
+        """End after a request to stop: 0 if the work is safe.
+
+        With snapshots, workers that end well say so too if their last state is durable; it may not be, on a full disk.
+        """
+        well = bool(exits) and all(ended.code == 0 for ended in exits)
+        if well and (not self._patience.flush_s or self._complete()):
             return 0
         if not self._has_worked() and all(failure.secondary for failure in order_failures(exits)):
             self._say("windlass: stopped on request before the first step")
@@ -347,6 +352,11 @@ class Controller:
             return 0
         if not exits:
             self._say("windlass: stopped on request while no worker was running; snapshots stay for their lease")
+        if well:
+            self._say(
+                "windlass: stopped on request, but the last step could not be made durable; snapshots stay for their "
+                "lease, and the same command goes on from them"
+            )
         return conclude(exits, stop) or 128 + signal.SIGTERM
 
     def _has_worked(self) -> bool:

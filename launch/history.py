@@ -66,13 +66,17 @@ class StepWatch:
 
 @dataclass
 class Recovery:
-    """A recovery under way. Units: Unix seconds; `fenced`: nothing old was left; `resumed`: workers were started."""
+    """A recovery under way. `reached`: the last step that was finished before, if this failure came before a new one.
+
+    Units: Unix seconds; `fenced`: nothing old was left; `resumed`: workers were started
+    """
 
     generation: int
     failed: Failed
     why: str
     fenced: float
     resumed: float = 0.0
+    reached: int = 0
 
 
 @dataclass(frozen=True)
@@ -86,11 +90,12 @@ class Measured:
     tier: str
     seconds: dict[str, float] = field(default_factory=dict)
     done: bool = False
+    reached: int = 0
 
     @property
     def lost(self) -> int | None:
         """Steps that had been finished and must be done again."""
-        return None if self.restored is None else max(self.failed.step - self.restored, 0)
+        return None if self.restored is None else max(self.failed.step - self.restored, self.reached - self.restored, 0)
 
     @property
     def total_s(self) -> float:
@@ -132,7 +137,15 @@ def measure(run: Path, recovery: Recovery, struck: Sequence[float] = ()) -> Meas
         tier=(loaded[0].get("tier") or loaded[0].get("source") or "") if loaded else "",
         seconds=seconds,
         done=any(report["phase"] == "first_step" for report in reports),
+        reached=recovery.reached,
     )
+
+
+def last_reached(records: Sequence[Record]) -> int:
+    """Return the last step that is known to have been finished since the run last recovered."""
+    ends = [place for place, record in enumerate(records) if record["kind"] == "recovered"]
+    since = records[ends[-1] :] if ends else records
+    return max((record["step"] for record in since if record["kind"] in ("failure", "planned")), default=0)
 
 
 def describe(measured: Measured) -> str:

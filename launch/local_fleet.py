@@ -131,6 +131,8 @@ class LocalFleet:
         for machine in self._machines.values():
             if machine.memory is not None:
                 machine.memory.release(ok)
+                if ok:
+                    machine.memory.release_others()
         self._folder.cleanup()
 
     def strike(self, kind: str, target: str) -> str:

@@ -17,7 +17,7 @@ from typing import final
 
 from windlass.checkpoint.memory import pids
 from windlass.checkpoint.memory.client import SnapshotClient
-from windlass.checkpoint.memory.folder import NodeFolder
+from windlass.checkpoint.memory.folder import NodeFolder, list_jobs
 from windlass.checkpoint.memory.heartbeat import is_alive, read_heartbeat
 from windlass.checkpoint.memory.supervise import Supervisor, ensure_snapshot_process
 from windlass.dist.errors import CheckpointError
@@ -162,6 +162,13 @@ class NodeMemory:
             return
         stop_process(self.folder)
         self.folder.remove()
+
+    def release_others(self) -> None:
+        """Do the same for nodes that an earlier launch of this job had on this machine and this one has not."""
+        for folder in list_jobs(self.folder.base):
+            if folder.job == self.folder.job:
+                stop_process(folder)
+                folder.remove()
 
     def kill(self) -> int:
         """Kill the snapshot process, as a drill, and return its number; 0 if there was none."""

@@ -20,6 +20,7 @@ from windlass.checkpoint.memory.folder import NodeFolder
 from windlass.checkpoint.memory.inventory import STORAGE, Choice, Held, Saved, anchor, choose
 from windlass.checkpoint.memory.layout import Layout
 from windlass.checkpoint.memory.membership import Membership
+from windlass.checkpoint.memory.settings import Settings
 from windlass.checkpoint.memory.source import MemorySource, kept_layouts, manifest_of
 from windlass.checkpoint.memory.survey import Report, Survey
 from windlass.checkpoint.restore import restore
@@ -141,7 +142,11 @@ class Found:
         on_all_ranks(world, read_facts).check()
         read = time.perf_counter()
         manifest = manifest_of(layouts, choice.step, facts.get("extra", {}))
-        extra = restore(source, engine, world, verify=False, manifest=manifest)
+        remedy = (
+            "It is what memory still holds of an earlier job in this run folder. Remove it on every node with "
+            f"`windlass snapshot gc {self._run_folder()} --stop`, or give another train.run_dir"
+        )
+        extra = restore(source, engine, world, verify=False, manifest=manifest, remedy=remedy)
         repaired = dict.fromkeys(text for told in world.gather_objects(source.repaired) for text in told)
         seconds = {**self.seconds, "plan": read - began, "load": time.perf_counter() - read}
         return Resumed(
@@ -154,6 +159,11 @@ class Found:
             passed_over=self.passed_over,
             repaired=[*repaired],
         )
+
+    def _run_folder(self) -> str:
+        with contextlib.suppress(CheckpointError):  # damaged
+            return Settings.read_from(self._survey.folder).run_folder or "RUN"
+        return "RUN"
 
     def _layouts(self, source: MemorySource, world: Peers) -> list[Layout]:
         """Tell all ranks what the bytes of every rank mean: each node that of its own ranks, then what it can."""

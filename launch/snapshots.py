@@ -28,7 +28,7 @@ from windlass.checkpoint.save import SaveReport
 from windlass.dist.device import Device
 from windlass.dist.env import ProcessEnv
 from windlass.dist.errors import CheckpointError, WorkerError
-from windlass.dist.rendezvous import own_address
+from windlass.dist.rendezvous import address_for_peers
 from windlass.dist.trace import Tracer
 from windlass.launch.control_log import ControlLog, job_of, job_token
 from windlass.launch.failure import format_ranks
@@ -104,7 +104,8 @@ class Snapshots:
         told = self._world.gather_objects([self.node, domain])
         nodes = [node for node, _ in told]
         first = nodes.index(self.node) == self._env.rank
-        host = own_address(self._env, one_host=len(set(nodes)) == 1) or "127.0.0.1"
+        # A launcher of ours has started the process already, at an address that it knows better.
+        host = address_for_peers(self._env, self._world.gather_objects) if self._alone else ""
 
         def start() -> list[Any]:
             if not first:

@@ -190,6 +190,7 @@ class World(Faults, Control, Storage):
     def _fill(self, run: Run, trainer: Trainer, picks: list[Slot]) -> None:
         for slot, role in zip(reversed(picks), ("data", "parity"), strict=False):
             slot.fill((run.generation, run.step), trainer.rank, role, len(run.trainers))
+            slot.writer = trainer if self.rules.claims else None
         trainer.copying = tuple((slot, slot.sequence) for slot in picks)
         self.nodes[trainer.node].beats[run.generation, trainer.rank] = run.step
         self.truth.check(f"rank {trainer.rank} fills step {run.step}")
@@ -239,11 +240,11 @@ class World(Faults, Control, Storage):
             return False
         run, trainer = found[a % len(found)]
         (slot, sequence), *rest = trainer.copying
-        trainer.copying, trainer.seeded = tuple(rest), not rest
-        if slot.sequence != sequence:
-            if any(slot in segment.slots for segment in self.nodes[trainer.node].segments.values()):
+        trainer.copying, trainer.seeded, slot.writer = tuple(rest), not rest, None
+        if slot.sequence != sequence:  # it was freed meanwhile, or its file deleted: then nobody reads what is written
+            if slot.held is not None:
                 raise Violation(f"I5: generation {run.generation} writes into a slot that is of {slot.key} by now")
-            return True  # the file was deleted: nobody reads it
+            return True
         slot.bytes_of = run.content
         slot.advance(State.COPIED)
         return True
@@ -436,9 +437,10 @@ class World(Faults, Control, Storage):
                         break
             if self.truth.num_commits >= wanted:
                 assert self.run is not None
-                return self.truth.check_samples(self.run.content, self.control_log.skips())
+                self.truth.check_samples(self.run.content, self.control_log.skips())
+                return
             if self.phase == "decide" and not self.act("control"):
-                return None
+                return
         raise Violation(f"I12: no commit in {rounds} rounds\n{self.describe()}")
 
     def describe(self) -> str:

@@ -36,6 +36,11 @@ class Slot:
         self.sequence = 0
         self.bytes_of: Any = None
         self.good = True
+        self.writer: Trainer | None = None  # holds the claim: it may still write, whatever the header says
+
+    @property
+    def claimed(self) -> bool:
+        return self.writer is not None and self.writer.alive
 
     def header(self) -> SlotHeader | None:
         return self.held
@@ -234,6 +239,7 @@ class Rules:
     term: Callable[[Membership, str], Term] = lambda world, node: Term(world, node, None, NOTHING)  # type: ignore[arg-type]
     jointly: bool = True  # all ranks take a snapshot or none
     fence_kills: bool = True  # and waits until they are dead
+    claims: bool = True  # who fills a slot holds it until it has finished or is dead
     fenced: bool = True  # requests of older generations are refused
 
 

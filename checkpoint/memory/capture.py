@@ -304,13 +304,12 @@ class Capturer:
             header = replace(self._header, step=step, facts=facts, sequence=sequence)
             if segment.role == "parity":
                 header = replace(header, role="parity", layout="", num_bytes=segment.slot_bytes, facts={})
-            if not slot.claim():
+            begun = slot.claim() and slot.write(header, wait_s=0)
+            if not begun:  # somebody else is writing this very slot: he is not waited for
+                slot.release()
                 fill.give_up()
                 return None
             fill.slots.append((slot, replace(header, sequence=sequence + 1)))
-            if not slot.write(header, wait_s=0):  # somebody else is writing this very slot: he is not waited for
-                fill.give_up()
-                return None
         return fill
 
     # -- what is copied ----------------------------------------------------------------------------------------------

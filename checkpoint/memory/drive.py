@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from windlass.checkpoint.local_level import LocalLevel, LocalStep
+from windlass.checkpoint.memory.folder import NodeFolder
 from windlass.checkpoint.memory.header import SlotHeader
 from windlass.checkpoint.memory.layout import Layout
 from windlass.checkpoint.memory.membership import Membership
@@ -22,9 +23,9 @@ from windlass.dist.errors import CheckpointError
 class Drive:
     """The local level of one node; nothing is open until somebody asks. Any thread."""
 
-    def __init__(self, local_dir: str, job: str, node: str) -> None:
+    def __init__(self, folder: NodeFolder, local_dir: str) -> None:
         self.local_dir = local_dir
-        self._level = LocalLevel(Path(local_dir) / job / node) if local_dir else None
+        self._level = LocalLevel(folder, local_dir) if local_dir else None
         self._open: dict[tuple[Path, int], Segment] = {}  # by inode too: a step may be written anew
         self._lock = threading.Lock()
 

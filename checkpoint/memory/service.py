@@ -57,7 +57,7 @@ class Service:
         self._inode = path.stat().st_ino
         self.settings = Settings.read_from(self.folder)
         self.slots = NodeSlots(self.folder, log)
-        self.drive = Drive(self.settings.local_dir, self.folder.job, self.folder.node)
+        self.drive = Drive(self.folder, self.settings.local_dir)
         self._drives = threading.Lock()
         self.duty: Duty | None = None
         self._hasher = Hasher()
@@ -167,7 +167,7 @@ class Service:
         with self._drives:
             if local_dir != self.drive.local_dir:
                 self.drive.close()
-                self.drive = Drive(local_dir, self.folder.job, self.folder.node)
+                self.drive = Drive(self.folder, local_dir)
             return self.drive
 
     def _serve(self, membership: Membership, base: int) -> None:

@@ -6,7 +6,6 @@ Must not know: torch, what the process does, what its starter is.
 from __future__ import annotations
 
 import os
-import signal
 import subprocess
 import sys
 import threading
@@ -31,14 +30,17 @@ def ensure_snapshot_process(
     """Return the snapshot process that serves a folder, started if there is none. Any number of callers at once.
 
     It listens on `host` (default: where the one before it did, else this machine alone) and, if it can, at the port of
-    the one before it. `faults`: it sees the faults that are to be injected; one in place of a killed one should not.
+    the one before it; a living one that listens elsewhere is replaced. `faults`: it sees the faults that are to be
+    injected; one in place of a killed one should not.
 
     Blocks: host, at most `timeout_s`
     Raises: CheckpointError with the end of its log
     """
     before = folder.read_smp()
     if before is not None and before.alive:
-        return before
+        if host in ("", before.host):
+            return before
+        _end(folder, before)  # nobody on another node could reach it
     arguments = [
         "--host",
         host or (before.host if before else "127.0.0.1"),
@@ -76,6 +78,17 @@ def ensure_snapshot_process(
     )
 
 
+def _end(folder: NodeFolder, served: SnapshotProcess) -> None:
+    """Kill a snapshot process, and do not return while it lives: there must not be two.
+
+    Blocks: host, at most KILL_S
+    Raises: CheckpointError if it cannot be killed
+    """
+    left = pids.kill([(served.pid, served.started)], KILL_S)
+    if left:
+        raise CheckpointError(f"the snapshot process {left} of {folder.node} hangs and cannot be killed")
+
+
 def _end_of(path: Path) -> str:
     try:
         return path.read_text(errors="replace")[-2000:].strip() or "(empty)"
@@ -100,9 +113,6 @@ class Supervisor:
             if self.folder.lease_age_s() < HANGS_S and pids.letter(served.pid) != pids.STOPPED:
                 return False
             # A second writer beside one that wakes up again must not be.
-            pids.send(served.pid, served.started, signal.SIGKILL)
-            left = pids.kill([(served.pid, served.started)], KILL_S)
-            if left:
-                raise CheckpointError(f"the snapshot process {left} of {self.folder.node} hangs and cannot be killed")
+            _end(self.folder, served)
         ensure_snapshot_process(self.folder, self.timeout_s, self.host, faults=False)
         return True

@@ -31,7 +31,7 @@ class Survey:
 
     def __init__(self, client: SnapshotClient, folder: NodeFolder, local_dir: Path | None, timeout_s: float) -> None:
         self.client, self.folder, self.timeout_s = client, folder, timeout_s
-        self._level = None if local_dir is None else LocalLevel(local_dir / folder.job / folder.node)
+        self._level = None if local_dir is None else LocalLevel(folder, local_dir)
         self._absent: list[SnapshotClient] = []  # those that answered
 
     def report(self) -> Report:

@@ -75,8 +75,9 @@ def show_command(
 
 @app.command(
     "gc",
-    help="Remove the snapshots of a run that nobody needs, or without RUN those of every run whose lease is over. "
-    "Nothing is removed while a worker trains with it; a snapshot process is ended with --stop only.\n\n"
+    help="Remove the snapshots of a run that nobody needs, in memory and in checkpoint.local_dir, or without RUN those "
+    "in memory of every run whose lease (its own snapshot.lease_s) is over. Nothing is removed while a worker trains "
+    "with it; a snapshot process is ended with --stop only.\n\n"
     "Examples:\n\n"
     "    windlass snapshot gc runs/tiny --stop\n\n"
     "    windlass snapshot gc",
@@ -84,16 +85,22 @@ def show_command(
 def gc_command(
     run: Annotated[Path | None, typer.Argument(metavar="[RUN]", help="A run folder.")] = None,
     base: Base = SHM,
-    lease_s: Annotated[float, typer.Option(min=0, help="Seconds since anybody needed them, without RUN.")] = 1800.0,
+    lease_s: Annotated[
+        float | None, typer.Option(min=0, help="Seconds since anybody needed them, for every run without RUN.")
+    ] = None,
     stop: Annotated[bool, typer.Option("--stop", help="End the snapshot processes of the run first.")] = False,
 ) -> None:
-    from windlass.checkpoint.memory.folder import collect_garbage
+    from windlass.checkpoint.local_level import remove_local_level
+    from windlass.checkpoint.memory.folder import is_garbage, list_jobs
+    from windlass.checkpoint.memory.settings import Settings
     from windlass.dist.errors import CheckpointError
     from windlass.launch.node_memory import stop_process, trainers_of
 
     if run is None:
-        for folder in collect_garbage(base, lease_s):
-            typer.echo(f"removed {folder.path}")
+        for folder in list_jobs(base):
+            if is_garbage(folder, Settings.read_from(folder).lease_s if lease_s is None else lease_s):
+                folder.remove()
+                typer.echo(f"removed {folder.path}")
         return
     folders = _folders(run, base)
     for folder in folders:
@@ -107,7 +114,10 @@ def gc_command(
             )
     for folder in folders:
         stop_process(folder)
+        on_drive = remove_local_level(folder)
         folder.remove()
+        if on_drive is not None:
+            typer.echo(f"removed {on_drive}")
         typer.echo(f"removed {folder.path}")
 
 

@@ -123,6 +123,7 @@ def launch_in_ray(
 ) -> int:
     """Run a checked job in a Ray cluster, with a controller where it needs one, and return its exit code."""
     from windlass.launch.check_recovery import uses_snapshots
+    from windlass.launch.generation import highest_generation
     from windlass.launch.local_run import needs_controller, patience_of, prepared
     from windlass.launch.ray.driver import Recovering, launch_recovering
     from windlass.launch.ray.workers import launch_ray
@@ -149,6 +150,7 @@ def launch_in_ray(
         local_dir=config.checkpoint.local_dir,
         strikes=tuple(strikes),
         fork_server=config.recovery.fork_server and config.recovery.max_restarts > 0,
+        floor=highest_generation(config),
     )
     return launch_recovering(
         worker_command(loaded),

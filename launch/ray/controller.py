@@ -35,12 +35,14 @@ MAX_LINES = 20_000
 
 @dataclass(frozen=True)
 class RayJob:
-    """Everything a controller needs to run a job, also when it is started anew. `launch` names one start by a user."""
+    """Everything a controller needs to run a job, also when it is started anew. `launch` names one start by a user;
+    generations begin after `floor`."""
 
     run: Path
     launch: str
     wishes: Wishes
     limits: Limits
+    floor: int = 0
     patience: Patience = field(default_factory=Patience)
     variables: Mapping[str, str] = field(default_factory=dict)
     strikes: tuple[Strike, ...] = ()
@@ -160,9 +162,11 @@ class JobController:
         folder.create()
         with RunLock(folder):
             fleet = RayFleet(job.wishes, self._feed)
+            log = ControlLog(job.run)
+            log.floor = job.floor
             return Controller(
                 fleet,
-                ControlLog(job.run),
+                log,
                 job.limits,
                 job.patience,
                 job.run,

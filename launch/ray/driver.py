@@ -55,6 +55,7 @@ class Recovering:
     strikes: tuple[Strike, ...] = ()
     variables: Mapping[str, str] = field(default_factory=dict)
     fork_server: bool = False
+    floor: int = 0  # the newest generation that others than the run folder have heard of
     lease_s: float = 30.0
 
 
@@ -97,6 +98,7 @@ def launch_recovering(
         job = RayJob(
             run=recovering.run.absolute(),
             launch=secrets.token_hex(8),
+            floor=recovering.floor,
             wishes=wishes,
             limits=recovering.limits,
             patience=recovering.patience,

@@ -288,8 +288,17 @@ class Told:
     def checkpoint(self) -> Path:
         return Path(str(find_checkpoint(self.run / "checkpoints")))
 
-    def check(self, undisturbed: Told, *, lost: int = 1, restarts: int | None = None, exact: bool = True) -> None:
-        """Assert that nothing but time was lost: the oracle. `lost`: steps that each recovery may repeat.
+    def check(
+        self,
+        undisturbed: Told,
+        *,
+        lost: int = 1,
+        restarts: int | None = None,
+        recoveries: int | None = None,
+        exact: bool = True,
+    ) -> None:
+        """Assert that nothing but time was lost: the oracle. `lost`: steps that each recovery may repeat; `recoveries`:
+        how many of the restarts came to a first step (default: all).
 
         `exact`: bit for bit, which holds as long as the number of workers stays the same.
         """
@@ -303,7 +312,8 @@ class Told:
                 assert [entry[key] for key in EXACT] == right[entry["step"]], f"step {entry['step']}: {self.said}"
             self._check_same_checkpoint(undisturbed)
         failures = self.of("failure") + self.of("planned")
-        assert len(self.recovered) == len(failures), self.said
+        assert len(self.recovered) == (len(failures) if recoveries is None else recoveries), self.said
+        assert len(self.every_step) <= self.steps + lost * len(self.recovered), "more was done again than was lost"
         assert all(0 <= record["lost"] <= lost for record in self.recovered), self.said
         if restarts is not None:
             assert len(failures) == restarts, self.said
@@ -329,7 +339,7 @@ class Lab:
 
     def __init__(self, root: Path) -> None:
         self.root = root
-        self._server = ForkServer((*PRELOADED, "torch.fx.experimental.symbolic_shapes"))
+        self._server = ForkServer((*PRELOADED, "torch._dynamo"))  # the latter for the plan that a run ends with
         self._undisturbed: dict[tuple[str, ...], Told] = {}
         self._workers: list[WorkerProcess] = []  # of the run under way
         self._runs = 0
@@ -370,7 +380,7 @@ class Lab:
         *,
         workers: int = 2,
         nodes: int = 2,
-        spares: int = 1,
+        spares: int = 0,
         strikes: Sequence[str | Act] = (),
         fault: str = "",
         between: Mapping[int, Callable[[Live], object]] | None = None,

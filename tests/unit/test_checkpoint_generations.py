@@ -128,7 +128,7 @@ def test_leftovers_of_older_generations_are_swept_and_newer_ones_left_alone(tmp_
     old.prepare(2, old.begin(2), "node-0")
     new = nodes_with(tmp_path / "b", some_state(), target, generation=3)
     storage = storage_of(target)
-    newer = ".step-00000009.tmp-4-01234567" if storage.renames else "step-00000009-g4-01234567"
+    newer = ".step-00000009.tmp-4-persist-01234567" if storage.renames else "step-00000009-g4-01234567"
     storage.make_folder(newer)
     storage.create(f"{newer}/__0_0.distcp", b"x")
     new.leader.sweep(3)
@@ -145,6 +145,30 @@ def test_a_synchronous_save_counts_as_of_the_newest_generation(tmp_path):
         save_shards(tmp_path / "c", 3, [FlatSource(some_state())], extra={"generation": 1})
 
 
+def test_a_save_and_a_flush_of_one_generation_at_the_same_time_both_count(tmp_path, monkeypatch):
+    nodes = nodes_with(tmp_path, some_state(0), tmp_path / "c", generation=2)
+    nodes.leader.fence(2)
+    nodes.hold(5)
+    temporary = nodes.begin(5)
+    rows = {node: nodes.prepare(5, temporary, node) for node in nodes.folders}
+    save_shards(tmp_path / "c", 6, [FlatSource(some_state(1))], extra={"generation": 2})
+    nodes.commit(5, temporary, rows)
+    assert steps_at(tmp_path / "c") == [(2, 6), (2, 5)]
+
+    def begin_meanwhile(point, *, rank, step):
+        if point == "checkpoint.written":
+            nodes.hold(7)
+            nodes.begin(7)
+
+    monkeypatch.setattr("windlass.checkpoint.save.fault", begin_meanwhile)
+    save_shards(tmp_path / "c", 8, [FlatSource(some_state(1))], extra={"generation": 2})
+    assert steps_at(tmp_path / "c") == [(2, 8), (2, 6), (2, 5)]
+    assert len(list((tmp_path / "c").glob(".step-00000007.tmp-2-persist-*"))) == 1
+    monkeypatch.undo()
+    nodes.persist(9)  # what its writer left goes with its next one
+    assert list((tmp_path / "c").glob(".step-*")) == []
+
+
 # -- what is kept ----------------------------------------------------------------------------------------------------
 
 
@@ -154,6 +178,13 @@ def test_the_newest_are_kept_and_never_less_than_two(tmp_path, target):
         nodes.persist(step)
     assert steps_at(target) == [(1, 4), (1, 3)]
     assert nodes.leader.steps("storage") == [4, 3] and nodes.leader.newest("storage") == 4
+
+
+def test_with_synchronous_checkpoints_a_flush_keeps_what_a_save_would(tmp_path, target):
+    nodes = nodes_with(tmp_path, some_state(), target, keep=1, mode="sync")
+    for step in (1, 2, 3):
+        nodes.persist(step)
+    assert steps_at(target) == [(1, 3)]
 
 
 def test_keep_zero_keeps_all(tmp_path, target):

@@ -15,9 +15,11 @@ from tests.persist_doubles import (
     nodes_with,
     parity_header,
 )
-from windlass.checkpoint.local_level import LocalLevel
+from windlass.checkpoint.local_level import LocalLevel, remove_local_level
+from windlass.checkpoint.memory.drive import Drive
 from windlass.checkpoint.memory.segment import Segment
 from windlass.checkpoint.memory.segment import verify as damaged_chunks
+from windlass.checkpoint.memory.settings import Settings
 from windlass.dist.errors import CheckpointError
 
 
@@ -42,7 +44,7 @@ def local_step(nodes, step, node="node-0", parity=None):
 def drive(tmp_path):
     nodes = nodes_with(tmp_path, some_state(), "", local_dir=str(tmp_path / "nvme"))
     nodes.hold(6)
-    return nodes, LocalLevel(tmp_path / "nvme" / JOB / "node-0")
+    return nodes, LocalLevel(nodes.folders["node-0"], tmp_path / "nvme")
 
 
 def test_the_local_level_holds_slots_as_they_are_with_what_explains_them(drive, tmp_path):
@@ -101,3 +103,52 @@ def test_two_local_steps_are_kept_and_damaged_ones_do_not_count(drive):
     mark = level.folder / "step-00000007" / "complete.json"
     mark.write_bytes(mark.read_bytes().replace(b'"step": 7', b'"step": 9'))
     assert nodes.leader.newest("local") is None
+
+
+# -- whose it is -----------------------------------------------------------------------------------------------------
+
+
+def inventory(folder, local_dir):
+    drive = Drive(folder, str(local_dir))
+    try:
+        return [header.step for header in drive.inventory()]
+    finally:
+        drive.close()
+
+
+def test_steps_of_a_run_that_was_deleted_and_begun_anew_do_not_count_and_are_removed(drive, tmp_path):
+    nodes, level = drive
+    for step in (7, 9):
+        nodes.hold(step)
+        local_step(nodes, step)
+    folder = nodes.folders["node-0"]
+    assert inventory(folder, tmp_path / "nvme") == [9, 9, 7, 7]
+    token = folder.read_token()
+    folder.create("the token of another run in the same place")
+    assert level.complete() == [] and nodes.leader.newest("local") is None
+    assert inventory(folder, tmp_path / "nvme") == []
+    nodes.hold(1)
+    local_step(nodes, 1)
+    assert os.listdir(level.folder) == ["step-00000001"] and nodes.leader.steps("local") == [1]
+    folder.create(token)
+    nodes.leader.sweep(1)
+    assert os.listdir(level.folder) == []
+
+
+def test_steps_outlive_the_memory_of_their_node(drive):
+    nodes, level = drive
+    local_step(nodes, 6)
+    folder, token = nodes.folders["node-0"], nodes.folders["node-0"].read_token()
+    folder.remove()
+    folder.create(token)
+    assert [held.step for held in level.complete()] == [6]
+
+
+def test_the_drive_of_a_run_that_is_over_is_cleared(drive, tmp_path):
+    nodes, level = drive
+    local_step(nodes, 6)
+    folder = nodes.folders["node-0"]
+    assert remove_local_level(folder) is None and level.folder.exists()  # nobody has told where it is
+    Settings(local_dir=str(tmp_path / "nvme")).keep_in(folder)
+    assert remove_local_level(folder) == level.folder
+    assert os.listdir(tmp_path / "nvme") == [] and remove_local_level(folder) is None

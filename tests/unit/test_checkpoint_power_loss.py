@@ -133,7 +133,7 @@ def test_a_loss_of_power_leaves_whole_steps_on_the_drive_of_a_node(memory):
     where.mkdir()
     seen = set()
     for done, folder in states_after(before, recorder.log, where, seed=3, draws=1):
-        steps = whole_local_steps(LocalLevel(folder / "nvme" / JOB / "node-0"))
+        steps = whole_local_steps(LocalLevel(nodes.folders["node-0"], folder / "nvme"))
         assert len(steps) >= 2 and (steps[0] == 6 or done < len(recorder.log))
         seen.add(tuple(steps))
         shutil.rmtree(folder)

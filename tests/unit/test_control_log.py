@@ -87,6 +87,25 @@ def test_an_owner_is_fenced_off_by_a_newer_generation_but_others_may_append(tmp_
     second.append("start")
 
 
+def test_a_worker_of_an_older_generation_can_write_nothing_into_the_history_of_a_newer_one(tmp_path: Path) -> None:
+    controller = ControlLog(tmp_path)
+    controller.bump()
+    worker = ControlLog(tmp_path, 1)
+    worker.append("skip", first=0, last=8)
+    controller.bump()
+    with pytest.raises(WorkerError, match="generation 1 is over"):
+        worker.append("rollback", step=3, why="late")
+    controller.refresh()
+    assert controller.limit() is None
+    assert controller.skips() == [(0, 8)]
+
+
+def test_generations_begin_beyond_what_storage_and_memory_have_heard_of(tmp_path: Path) -> None:
+    log = ControlLog(tmp_path)
+    log.floor = 7
+    assert [log.bump(), log.bump()] == [8, 9]
+
+
 def test_going_back_limits_the_next_start_until_a_later_generation_has_done_a_step(tmp_path: Path) -> None:
     log = ControlLog(tmp_path)
     log.append("launch", launch="x")
@@ -95,7 +114,7 @@ def test_going_back_limits_the_next_start_until_a_later_generation_has_done_a_st
     log.append("rollback", step=10, why="the loss jumped")
     log.bump()
     assert log.limit() == 10 and log.left() == {1: 10} and log.restarted() and log.num_rollbacks() == 1
-    log.append("recovered", restored=10)
+    log.append("under_way")
     assert log.limit() is None and log.left() == {1: 10}
     log.append("launch", launch="y")
     assert not log.restarted() and log.num_rollbacks() == 0

@@ -188,6 +188,23 @@ def test_workers_that_miss_the_deadline_are_killed_and_the_newest_snapshot_made_
         assert controller(fleet, grace_s=0.3, flush_s=0.1).run(stop) == code
 
 
+@pytest.mark.parametrize(("complete", "flushed", "code"), [(True, None, 0), (False, 7, 0), (False, None, 143)])
+def test_workers_that_end_well_without_a_durable_state_have_it_flushed(
+    complete: bool, flushed: int | None, code: int, tmp_path: Path
+) -> None:
+    stop = Stop()
+    fleet = Fleet(tmp_path, ["run"], flushed=flushed)
+
+    def ask_to_stop() -> None:
+        if complete and not stop.count:
+            ControlLog(tmp_path).append("complete", step=1)
+        stop.count = 1
+
+    fleet.turn = ask_to_stop
+    assert controller(fleet, grace_s=5.0, flush_s=1.0).run(stop) == code
+    assert fleet.released == [complete]
+
+
 def test_a_stop_while_nothing_runs_ends_without_another_start(tmp_path: Path) -> None:
     stop = Stop()
     fleet = Fleet(tmp_path, ["kill", "done"])

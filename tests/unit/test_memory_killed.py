@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,10 +13,15 @@ import torch
 
 from tests.harness import outcomes
 from tests.snapshot_state import HeldState, capturer, hashed, mixed_tensors, slots, whole_steps
+from tests.waiting import until
+from windlass.checkpoint.memory import pids
 from windlass.checkpoint.memory.folder import NodeFolder
 from windlass.checkpoint.memory.segment import State
+from windlass.checkpoint.memory.slots import NodeSlots
 from windlass.dist.env import ProcessEnv
 
+ROOT = Path(__file__).resolve().parents[2]
+JOB = "0123456789abcdef"
 POINTS = ["snapshot.begin", "snapshot.eager", "snapshot.chunk", "snapshot.filled", "gate.wait"]
 
 
@@ -71,6 +79,48 @@ def test_a_process_killed_while_it_makes_parity_leaves_data_and_parity_of_the_st
     assert whole_steps(folder).keys() == {1}
 
 
+ZOMBIE = """
+import sys
+from pathlib import Path
+import torch
+from tests.snapshot_state import HeldState, capturer
+source = HeldState({"model.w": torch.full((1 << 16,), 7.0)})
+taker = capturer(Path(sys.argv[1]), source)
+print("ready", flush=True)
+taker.snapshot(1, {})
+taker.gate()
+"""
+
+
+@pytest.mark.parametrize("freed", [False, True])
+def test_a_slot_in_which_an_older_process_may_still_write_is_left_alone_until_it_is_dead(tmp_path, freed):
+    env = {**os.environ, "WINDLASS_FAULT": "hang:snapshot.filled:step=1"}
+    zombie = subprocess.Popen([sys.executable, "-c", ZOMBIE, str(tmp_path)], stdout=subprocess.PIPE, cwd=ROOT, env=env)
+    try:
+        assert zombie.stdout is not None and zombie.stdout.readline() == b"ready\n"
+        folder = NodeFolder(tmp_path, JOB, "node-0")
+        until(lambda: slots(folder)[0].progress > 0)
+        zombie.send_signal(signal.SIGSTOP)
+        until(lambda: pids.letter(zombie.pid) == pids.STOPPED)
+        if freed:  # what it left half filled is freed as the new generation begins, which does not end its writing
+            NodeSlots(folder, print).begin(2, None)
+        again = capturer(tmp_path, HeldState({"model.w": torch.full((1 << 16,), 9.0)}), generation=2)
+        assert again.snapshot(1, {}) and again.gate() >= 0  # in the other slot
+        first, second = slots(folder)
+        assert first.claimed and not second.claimed
+        assert hashed(second).generation == 2
+        assert not again.ready() and not again.snapshot(2, {})
+        zombie.kill()
+        zombie.wait()
+        assert again.ready() and again.snapshot(3, {}) and again.gate() >= 0
+        assert hashed(first).step == 3
+        assert {step: t["model.w"].unique().tolist() for step, t in whole_steps(folder).items()} == {1: [9], 3: [9]}
+        again.close()
+    finally:
+        zombie.kill()
+        zombie.communicate()
+
+
 def snapshots_until_killed(env: ProcessEnv, base: str, after_s: float) -> None:
     """Take snapshots, hash them and free those before the last, until the kernel ends this process."""
     source = HeldState({"model.w": torch.zeros(1 << 16)})
@@ -82,10 +132,10 @@ def snapshots_until_killed(env: ProcessEnv, base: str, after_s: float) -> None:
         if taker.snapshot(step, {"step": step}):
             taker.gate()
         for slot in mine:
-            header = slot.header()
-            if header is not None and header.state == State.COPIED:
+            if (header := slot.header()) is not None and header.state == State.COPIED:
                 hashed(slot)
-            elif header is not None and header.step < step:
+        for slot in mine:  # only now that a newer one vouches for itself
+            if (header := slot.header()) is not None and header.step < step:
                 slot.free(header)
         if step == 2:
             signal.setitimer(signal.ITIMER_REAL, after_s)

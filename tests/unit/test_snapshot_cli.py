@@ -21,6 +21,7 @@ from windlass.checkpoint.memory.heartbeat import Heartbeat, Phase, process_start
 from windlass.checkpoint.memory.layout import Fragment, Layout
 from windlass.checkpoint.memory.membership import Member, Membership
 from windlass.checkpoint.memory.segment import Segment, hash_chunks
+from windlass.checkpoint.memory.settings import Settings
 from windlass.dist.box import Box
 from windlass.dist.errors import CheckpointError
 from windlass.launch.cli.snapshot import app
@@ -146,10 +147,21 @@ def test_gc_ends_a_snapshot_process_only_where_that_is_wanted(run: Path) -> None
     assert process.wait(10) < 0 and not any(folder.path.exists() for folder in folders(run))
 
 
-def test_gc_without_a_run_removes_those_whose_lease_is_over(run: Path) -> None:
+def test_gc_without_a_run_removes_those_whose_own_lease_is_over(run: Path) -> None:
     old = time.time() - 4000
-    for folder in folders(run):
+    for folder, lease_s in zip(folders(run), (3000.0, 5000.0), strict=True):
         folder.touch_lease()
-    os.utime(folders(run)[0].lease_path, (old, old))
+        os.utime(folder.lease_path, (old, old))
+        Settings(lease_s=lease_s).keep_in(folder)
     assert windlass(run, "gc").output.splitlines() == [f"removed {folders(run)[0].path}"]
     assert folders(run)[1].path.exists()
+    assert windlass(run, "gc", "--lease-s", 3500).output.splitlines() == [f"removed {folders(run)[1].path}"]
+
+
+def test_gc_of_a_run_clears_its_drives_too(run: Path, tmp_path: Path) -> None:
+    drive, node = tmp_path / "nvme", folders(run)[1]
+    Settings(local_dir=str(drive)).keep_in(node)
+    (drive / node.job / node.node / "step-00000004").mkdir(parents=True)
+    (drive / "of somebody else").mkdir()
+    assert f"removed {drive / node.job / node.node}" in windlass(run, "gc", run).output.splitlines()
+    assert os.listdir(drive) == ["of somebody else"]

@@ -93,7 +93,7 @@ def resume_and_tell(comm, base, node_of_rank, limits, victim):
 
 def keep_on_drive(nodes, folder, drives, step):
     """Do what the snapshot process of a node does for the local level."""
-    level = LocalLevel(drives / JOB / folder.node)
+    level = LocalLevel(folder, drives)
     segments = [Segment.open(file.path) for file in folder.segments()]
     slots = [(slot, slot.header()) for segment in segments for slot in segment.slots if slot.header() is not None]
     layouts = {layout.digest: layout.dump() for layout in nodes.layouts}
@@ -117,6 +117,29 @@ def test_ranks_go_on_from_the_memory_of_their_own_nodes(nodes_with_processes):
         assert choice == "step 9 of generation 1 from memory" and passed_over == [] and anchor == (1, 9)
         assert extra == {"step": 9, "consumed": 72} and resumed.own_facts["rng"] == f"of rank {rank}"
         assert (resumed.step, resumed.generation, resumed.tier) == (9, 1, "ram")
+
+
+def resume_another_model(comm, base):
+    folder = NodeFolder(base, JOB, "node-0")
+    folder.raise_generation(GENERATION)
+    Settings(run_folder="/runs/tiny").keep_in(folder)
+    client = SnapshotClient.of(folder, GENERATION)
+    found = find_in_memory(comm.world, client, folder, speaks=True, timeout_s=2.0)
+    engine = even_shards({"model.w": torch.zeros(7, 5)}, 1)[0]
+    try:
+        found.restore(engine, comm.world)
+    except CheckpointError as error:
+        return str(error)
+    finally:
+        client.close()
+
+
+def test_memory_of_another_model_in_the_same_run_folder_is_an_error_that_says_how_to_remove_it(nodes_with_processes):
+    nodes = nodes_with_processes(1)
+    nodes.take(8, even_shards(some_state(1), 1), slot=0)
+    (told,) = run_world(1, resume_another_model, nodes.base)
+    assert "is of another model: tensor 'model.w' has shape [40, 12]" in told
+    assert "`windlass snapshot gc /runs/tiny --stop`" in told
 
 
 def test_a_lost_node_is_decoded_and_the_state_cut_for_fewer_ranks(nodes_with_processes):
