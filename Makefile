@@ -3,6 +3,7 @@
 #   make quickstart   set up, then train a small decoder on real text from end to end (a few minutes on two cores)
 #   make test         set up, then run the tests
 #   make check        format, lint, types, house rules, unit tests
+#   make soak         strike a small job at random for SOAK_MINUTES (5); fails at any difference
 #   make bench        the head-to-head benchmarks (long; ARGS="--quick" for a first look)
 #   make setup        the environment only
 #
@@ -13,6 +14,7 @@
 PYTHON ?= python3
 TORCH_INDEX ?=
 ARGS ?=
+SOAK_MINUTES ?= 5
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -20,7 +22,7 @@ STAMP := $(VENV)/.installed
 TORCH_PIN := $(shell sed -n 's/^\(torch==[^ ;]*\).*/\1/p' constraints.txt)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test check bench
+.PHONY: help setup quickstart test check soak bench
 
 help:
 	@sed -n '/^#/!q;s/^# \{0,1\}//p' Makefile
@@ -49,6 +51,9 @@ check: setup
 	$(BIN)/mypy
 	$(BIN)/mypy benchmarks/*.py
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/unit
+
+soak: setup
+	OMP_NUM_THREADS=1 $(BIN)/python tests/soak.py --minutes $(SOAK_MINUTES) $(ARGS)
 
 bench: setup
 	$(BIN)/python benchmarks/zero.py $(ARGS)

@@ -13,10 +13,11 @@ import argparse
 import os
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import Any, Iterator
+from typing import Any
 
 import torch
 from checkpoint_ours import Held, Rank, files_bytes, make_state, own_bytes, until
@@ -39,8 +40,9 @@ def nodes_of(
     base.mkdir()
     ranks: list[Rank] = []
     try:
-        for rank in range(num_nodes):
-            ranks.append(Rank(base, Held.of(make_state(num_bytes, rank), rank, num_nodes), num_nodes, policy))
+        for number in range(num_nodes):
+            held = Held.of(make_state(num_bytes, number), number, num_nodes)
+            ranks.append(Rank(base, held, num_nodes, policy))
         places = [rank.place() for rank in ranks]
         for rank in ranks:
             rank.join(places, settings)
@@ -111,9 +113,10 @@ def measure_persist(given: argparse.Namespace) -> list[dict[str, float]]:
         rank = ranks[0]
         for step in range(1, given.rounds + 2):
             snapshot(ranks, step)
-            until(lambda: rank.protected(step), WAIT_S)
-            ways = [("windlass", lambda: flush(rank, step)), ("plain", lambda: write_plainly(rank, given.folder))]
-            rates = {name: way() for name, way in (ways if step % 2 else ways[::-1])}
+            until(partial(rank.protected, step), WAIT_S)
+            ways = {"windlass": partial(flush, rank, step), "plain": partial(write_plainly, rank, given.folder)}
+            order = ways if step % 2 else reversed(ways)
+            rates = {name: ways[name]() for name in order}
             if step > 1:  # the first one finds folders and files to be made, and code to be read
                 found.append(rates)
     return found

@@ -53,10 +53,7 @@ class Held:
     @staticmethod
     def of(state: Mapping[str, torch.Tensor], rank: int, world_size: int) -> Held:
         return Held(
-            [
-                Piece(key, (world_size, len(t)), Box((rank, 0), (1, len(t))), t.view(1, -1))
-                for key, t in state.items()
-            ],
+            [Piece(key, (world_size, len(t)), Box((rank, 0), (1, len(t))), t.view(1, -1)) for key, t in state.items()],
             rank,
         )
 

@@ -208,7 +208,7 @@ class DcpAsync(Saver):
         self._upload: Future[Any] | None = None
 
         def make() -> Any:
-            stager = DefaultStager(StagingOptions(False, staged, staged, False))
+            stager: Any = DefaultStager(StagingOptions(False, staged, staged, False))
             copy = stager._stage
             stager._stage = lambda state, **more: job.link.passed(job.num_bytes, lambda: copy(state, **more))
             return stager
@@ -356,7 +356,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--side", choices=sorted(SIDES), required=True)
     parser.add_argument("--bytes", type=int, required=True)
-    parser.add_argument("--products", type=int, default=0, help="matrix products of a step; 0: as many as --step-s holds")
+    parser.add_argument(
+        "--products", type=int, default=0, help="matrix products of a step; 0: as many as --step-s holds"
+    )
     parser.add_argument("--step-s", type=float, default=0.5)
     parser.add_argument("--link", type=float, action="append", default=[], help="bytes/s, one or several, 0: no limit")
     parser.add_argument("--every", type=int, default=3)

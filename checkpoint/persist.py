@@ -25,6 +25,7 @@ from windlass.checkpoint.local_level import LocalLevel
 from windlass.checkpoint.manifest import readable_bytes
 from windlass.checkpoint.memory.folder import NodeFolder
 from windlass.checkpoint.memory.header import SlotHeader, State
+from windlass.checkpoint.memory.inventory import LOCAL, STORAGE
 from windlass.checkpoint.memory.layout import Layout
 from windlass.checkpoint.memory.membership import Membership
 from windlass.checkpoint.memory.pace import Pace
@@ -37,7 +38,6 @@ from windlass.dist.dcp_format import data_file_name
 from windlass.dist.env import fault
 from windlass.dist.errors import CheckpointError
 
-STORAGE, LOCAL = "storage", "local"
 LEAST_VALID = 2  # checkpoints that retention never touches, whatever checkpoint.keep says; not with mode "sync"
 
 

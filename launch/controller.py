@@ -276,7 +276,9 @@ class Controller:
         if not exits or stop.count:
             return None
         assert self._seating is not None
-        step, when = self._steps.last(), min(ended.when for ended in exits)
+        # Without a step in this generation, what counts is how far the ones before it came.
+        step = self._steps.last() or last_reached(self._log.since_launch())
+        when = min(ended.when for ended in exits)
         if self._planned:
             self._log.append("planned", why=self._planned, step=step)
             return Failed(self._generation, "planned", step, self._planned, time=when)

@@ -6,22 +6,22 @@ Must not know: workers, other nodes, what is in a snapshot.
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import signal
 import threading
-import time
 from pathlib import Path
 from queue import SimpleQueue
 from typing import final
 
 from windlass.checkpoint.memory import pids
 from windlass.checkpoint.memory.client import SnapshotClient
+from windlass.checkpoint.memory.fencing import fence
 from windlass.checkpoint.memory.folder import NodeFolder, list_jobs
 from windlass.checkpoint.memory.heartbeat import is_alive, read_heartbeat
 from windlass.checkpoint.memory.supervise import Supervisor, ensure_snapshot_process
 from windlass.dist.errors import CheckpointError
 from windlass.launch.failure import Failure
+from windlass.launch.keeper import Keeper
 
 BEGIN_S = 20.0  # a snapshot process is a small interpreter; many may start at once
 LOOK_S = 0.1
@@ -83,19 +83,11 @@ class NodeMemory:
     def fence(self, generation: int) -> None:
         """Raise the generation, kill what older ones left here, and have a snapshot process.
 
-        Blocks:      host, at most KILL_S + BEGIN_S
-        Raises:      CheckpointError naming the node and what is left
+        Blocks:      host, at most the time that killing may take, and BEGIN_S
+        Raises:      CheckpointError naming the node and what is left, or if a newer generation has begun
         """
         self.folder.create(self._token)
-        self.folder.raise_generation(generation)
-        beats = [beat for path in self.folder.beating().values() if (beat := read_heartbeat(path)) is not None]
-        older = [(beat.pid, beat.started) for beat in beats if beat.generation < generation and beat.pid != os.getpid()]
-        left = pids.kill(older, KILL_S)
-        if left:
-            raise CheckpointError(
-                f"{self.folder.node}: processes {left} of an older generation cannot be killed (state D in ps: they "
-                "wait for hardware). The node counts as lost"
-            )
+        fence(self.folder, generation)
         for path in (self.folder.path / "verdicts").glob("*.json"):
             path.unlink(missing_ok=True)  # they were about generations that are over
         ensure_snapshot_process(self.folder, BEGIN_S, host=self._host)
@@ -113,15 +105,10 @@ class NodeMemory:
 
     def _keep_served(self) -> None:
         """Replace the process whenever it died or hangs, so that nobody who asks for news waits for that."""
+        keeper = Keeper(self._supervisor)
         while not self._left.wait(LOOK_S):
-            began = time.monotonic()
-            try:
-                if self._supervisor.check():
-                    took_s = time.monotonic() - began
-                    self._news.put(f"snapshot process of {self.folder.node} replaced in {took_s:.2f} s")
-            except CheckpointError as error:  # said once; training goes on without snapshots here
-                self._news.put(f"snapshot process of {self.folder.node} cannot be replaced: {error}")
-                return
+            if news := keeper.look():
+                self._news.put(news)
 
     def verdict(self, rank: int, generation: int) -> Failure | None:
         """Return why the watchdog of this node ended a rank, None if it did not."""

@@ -87,8 +87,7 @@ class Found:
         return choice or NOTHING
 
     def close(self) -> None:
-        """Let go of the connections, where nothing is restored."""
-        self._survey.close()
+        """Nothing: no connection stays open between two calls."""
 
     def restore(self, engine: StateSource, world: Peers) -> Resumed:
         """Fill the engine from the chosen step, or from the next best one if that proves damaged.
@@ -96,12 +95,6 @@ class Found:
         Collective: every rank of the world
         Raises: CheckpointError on every rank if nothing is left that could be restored
         """
-        try:
-            return self._restore_best(engine, world)
-        finally:
-            self._survey.close()
-
-    def _restore_best(self, engine: StateSource, world: Peers) -> Resumed:
         while self.choice.tier != STORAGE:
             reach = self._survey.reach()
             source = MemorySource(
@@ -176,7 +169,7 @@ class Found:
             found = {digest: Layout.parse(text.encode(), digest) for digest, text in documents.items()}
             return kept_layouts(found, members)
         except CheckpointError as error:  # whatever is left of this generation cannot be read
-            source.bad.update({h: str(error) for h in self._heard.holdings if h.generation == members.generation})
+            source.blame({h: str(error) for h in self._heard.holdings if h.generation == members.generation})
             raise
 
     def _documents(self, wanted: set[str], world: Peers) -> dict[str, str]:

@@ -11,6 +11,7 @@ from windlass.checkpoint.memory.client import SnapshotClient
 from windlass.checkpoint.memory.folder import NodeFolder
 from windlass.checkpoint.memory.supervise import Supervisor
 from windlass.dist.errors import CheckpointError
+from windlass.launch.keeper import Keeper
 
 LOOK_S = 1.0
 
@@ -23,7 +24,7 @@ class SnapshotWatch:
         self.problems: list[str] = []
         self._told = ""
         self._client = client
-        self._supervisor = Supervisor(folder) if supervise and first else None
+        self._keeper = Keeper(Supervisor(folder)) if supervise and first else None
         self._first = first
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._run, name="snapshot watch", daemon=True)
@@ -39,9 +40,9 @@ class SnapshotWatch:
 
     def look(self) -> None:
         """Ask once. Blocks: host, until the answer comes."""
+        if self._keeper is not None and (news := self._keeper.look()):
+            self.problems.append(news)
         try:
-            if self._supervisor is not None and self._supervisor.check():
-                self.problems.append("the snapshot process had ended and was started again")
             status = self._client.status()
         except CheckpointError:
             return  # a process that is down is started again by whoever supervises it

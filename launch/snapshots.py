@@ -5,6 +5,7 @@ The snapshot process of the node does everything else. Must not know: segments, 
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import signal
 import threading
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from windlass.checkpoint.agree import Peers, on_all_ranks
+from windlass.checkpoint.local_level import remove_local_level
 from windlass.checkpoint.memory.capture import Capturer, LocalParity, Source
 from windlass.checkpoint.memory.client import SnapshotClient
 from windlass.checkpoint.memory.folder import NodeFolder
@@ -327,6 +329,8 @@ class Snapshots:
             try:
                 self.client.stop(remove=True)
             except CheckpointError:  # it is not there, and the next one would keep the folder for its lease
+                with contextlib.suppress(OSError, CheckpointError):  # what stays there is ignored by another run
+                    remove_local_level(self.folder)
                 self.folder.remove()
 
     def problems(self) -> list[str]:

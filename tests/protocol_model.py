@@ -445,9 +445,5 @@ class World(Faults, Control, Storage):
 
     def describe(self) -> str:
         """Return what is where, for people."""
-        run = self.run
-        lines = [f"generation {self.generation}, {self.phase}, committed {self.truth.protected}, {run}"]
-        for node in self.nodes.values():
-            held = {p: [(s.key, s.state.name, s.good) for s in g.slots] for p, g in node.segments.items()}
-            lines.append(f"{node.name} up {node.up} reachable {node.reachable} g{node.generation} {node.smp} {held}")
-        return "\n".join(lines)
+        first = f"generation {self.generation}, {self.phase}, committed {self.truth.protected}, {self.run}"
+        return "\n".join([first, *(node.describe() for node in self.nodes.values())])

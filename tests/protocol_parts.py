@@ -147,6 +147,12 @@ class Node:
         found = self.segments.get((role, rank, world_size))
         return found.slots if found is not None else ()
 
+    def describe(self) -> str:
+        """Return what it holds, for people."""
+        held = {place: [(s.key, s.state.name, s.good) for s in g.slots] for place, g in self.segments.items()}
+        where = f"up {self.up}, reachable {self.reachable}, generation {self.generation}"
+        return f"{self.name}: {where}, {self.smp and self.smp.term and self.smp.term.decree}, {held}"
+
 
 @dataclass(eq=False)
 class Trainer:

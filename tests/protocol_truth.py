@@ -89,13 +89,12 @@ class Truth:
 
         Raises: Violation if they disagree
         """
-        found = {
-            slot.bytes_of
-            for node in self.nodes.values()
-            for (role, _, _), segment in node.segments.items()
-            for slot in segment.slots
-            if role == "data" and slot.key == key and slot.good and slot.state >= State.FILLED
-        }
+        found = set()
+        for node in self.nodes.values():
+            for (role, _, _), segment in node.segments.items():
+                slot = segment.holding(key)
+                if slot is not None and slot.good and slot.state >= (State.FILLED if role == "data" else State.ENCODED):
+                    found |= {slot.bytes_of} if role == "data" else set(slot.bytes_of)
         if len(found) != 1:
             raise Violation(f"I1: the copies of {key} are of the updates {found}")
         return found.pop()

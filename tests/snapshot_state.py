@@ -61,9 +61,10 @@ def mixed_tensors(seed: int = 0) -> dict[str, torch.Tensor]:
 
 
 def capturer(base: Path, source: HeldState, rank: int = 0, *, generation: int = 1, **options: Any) -> Capturer:
-    """Open a capturer on a node of its own. `parity`: the group that makes it, True for all replicas; other options go
-    into the policy."""
+    """Return a capturer on a node of its own. `parity`: the group that makes it, True for all replicas; `opened`: it has
+    taken its memory; other options go into the policy."""
     wish, device = options.pop("parity", False), options.pop("device", Device("cpu"))
+    opened = options.pop("opened", True)
     base.mkdir(exist_ok=True)
     parity = LocalParity(source.replicas if wish is True else wish) if wish else None
     chosen = {"chunk_bytes": 4096, "bucket_bytes": 64 << 10, **options}
@@ -78,7 +79,8 @@ def capturer(base: Path, source: HeldState, rank: int = 0, *, generation: int = 
         policy=SnapshotConfig(every=1, **chosen),
         local_parity=parity,
     )
-    made.open()
+    if opened:
+        made.open()
     return made
 
 

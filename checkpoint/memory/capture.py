@@ -44,10 +44,11 @@ from windlass.checkpoint.memory.segment import (
     SlotHeader,
     State,
     num_chunks,
+    parity_hashes,
     pick_slot,
     segment_bytes,
 )
-from windlass.checkpoint.memory.stripes import Stripes
+from windlass.checkpoint.memory.stripes import DATA, PARITY, Stripes
 from windlass.checkpoint.policy import SnapshotConfig
 from windlass.dist.device import Device
 from windlass.dist.env import fault
@@ -167,17 +168,23 @@ class Capturer:
     def _wanted(self) -> list[tuple[str, int, int]]:
         """Return role, bytes of a slot, and hashes of a header of the segments that this rank fills."""
         chunk = self._policy.chunk_bytes
-        wanted = [("data", self.layout.num_bytes, num_chunks(self.layout.num_bytes, chunk))]
+        wanted = [(DATA, self.layout.num_bytes, num_chunks(self.layout.num_bytes, chunk))]
         if self._stripes is not None:
-            sizes = (self._stripes.parity_bytes, *self._stripes.sizes)
-            wanted.insert(0, ("parity", self._stripes.parity_bytes, sum(num_chunks(s, chunk) for s in sizes)))
+            wanted.insert(0, (PARITY, self._stripes.parity_bytes, parity_hashes(self._stripes)))
         return wanted
 
-    def wanted_bytes(self) -> int:
-        """Return the memory that `open` would take beside what is there already."""
-        slots = self._policy.slots
-        wanted = [(self.folder.segment_path(r, self.rank, size, slots, n), size, n) for r, size, n in self._wanted()]
-        return sum(segment_bytes(size, slots, n) for path, size, n in wanted if not path.exists())
+    def wanted_bytes(self, pulled: Stripes | None = None) -> int:
+        """Return the memory that this rank's snapshots will take beside what is there already. Needs no `open`.
+
+        `pulled`: the stripes of its group, where the snapshot process makes its parity of what it pulls from others
+
+        Units: bytes
+        """
+        slots, wanted = self._policy.slots, self._wanted()
+        if pulled is not None:
+            wanted.append((PARITY, pulled.parity_bytes, parity_hashes(pulled)))
+        files = [(self.folder.segment_path(r, self.rank, size, slots, n), size, n) for r, size, n in wanted]
+        return sum(segment_bytes(size, slots, n) for path, size, n in files if not path.exists())
 
     def open(self) -> None:
         """Take the memory for snapshots, or find what an earlier process of this rank left. Nothing in it is freed.
@@ -190,8 +197,8 @@ class Capturer:
             (self.folder.segment_path(role, self.rank, size, slots, hashes), role, size, hashes)
             for role, size, hashes in self._wanted()
         ]
-        missing = sum(segment_bytes(size, slots, hashes) for path, _, size, hashes in wanted if not path.exists())
-        self.folder.check_room(missing, f"{slots} snapshots of rank {self.rank} ({self.layout.num_bytes} bytes each)")
+        what = f"{slots} snapshots of rank {self.rank} ({self.layout.num_bytes} bytes each)"
+        self.folder.check_room(self.wanted_bytes(), what)
         self.folder.put_layout(self.layout)
         for path, role, size, hashes in wanted:
             self._segments.append(Segment.ensure(path, role, self.rank, size, slots, chunk, hashes))

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 from types import TracebackType
 from typing import Any
 
+from windlass.checkpoint.memory.channel import Buffer
 from windlass.checkpoint.memory.folder import NodeFolder
 from windlass.checkpoint.memory.header import SlotHeader
 from windlass.checkpoint.memory.layout import Layout
@@ -46,7 +47,8 @@ class Flushed:
 class SnapshotClient:
     """Speaks to the snapshot process at one address, for one generation. Any thread.
 
-    Without a generation it speaks for the one the node is at, as commands and controllers do.
+    Without a generation it speaks for the one the node is at, as commands and controllers do. One that was made `of` a
+    folder follows the process when another one takes its place at another address.
     """
 
     def __init__(
@@ -61,6 +63,7 @@ class SnapshotClient:
         node: str = "",
     ) -> None:
         self._learns = generation is None
+        self._folder: NodeFolder | None = None
         self.wire = Client(host, port, job, token, timeout_s, generation=generation or 0, name=node)
 
     @staticmethod
@@ -75,7 +78,7 @@ class SnapshotClient:
                 f"node {folder.node} has no snapshot process: whoever starts workers there starts one "
                 "(ensure_snapshot_process)"
             )
-        return SnapshotClient(
+        client = SnapshotClient(
             served.host,
             served.port,
             folder.job,
@@ -84,6 +87,8 @@ class SnapshotClient:
             generation=generation,
             node=folder.node,
         )
+        client._folder = folder
+        return client
 
     @property
     def generation(self) -> int:
@@ -97,21 +102,45 @@ class SnapshotClient:
     ) -> tuple[dict[str, Any], memoryview]:
         assert self.generation >= 0
         try:
-            return self.wire.request(verb, fields, into=into, timeout_s=timeout_s)
+            return self._send(verb, fields, into=into, timeout_s=timeout_s)
         except CheckpointError:
             if not (self._learns and self.wire.fenced):
                 raise
             self.wire.fenced, self.wire.generation = False, 0  # a newer one has begun since
             assert self.generation >= 0
-            return self.wire.request(verb, fields, into=into, timeout_s=timeout_s)
+            return self._send(verb, fields, into=into, timeout_s=timeout_s)
+
+    def _send(
+        self,
+        verb: str,
+        fields: dict[str, Any] | None = None,
+        payload: Buffer | None = None,
+        *,
+        into: memoryview | None = None,
+        timeout_s: float | None = None,
+    ) -> tuple[dict[str, Any], memoryview]:
+        try:
+            return self.wire.request(verb, fields, payload, into, timeout_s)
+        except CheckpointError:
+            if not self._follow():
+                raise
+            return self.wire.request(verb, fields, payload, into, timeout_s)
+
+    def _follow(self) -> bool:
+        """Tell whether the process that serves the folder now listens elsewhere, and turn to it."""
+        served = None if self._folder is None else self._folder.read_smp()
+        if served is None or not served.alive or (served.host, served.port) == (self.wire.host, self.wire.port):
+            return False
+        self.wire.move(served.host, served.port)
+        return True
 
     def hello(self, timeout_s: float | None = None) -> dict[str, Any]:
         """Ask who is there: job, node, generation, pid, started, host, port."""
-        return self.wire.request("hello", timeout_s=timeout_s)[0]
+        return self._send("hello", timeout_s=timeout_s)[0]
 
     def status(self, timeout_s: float | None = None) -> Status:
         """Ask for the newest step of every level, the lag, and what is not protected."""
-        return Status.parse(self.wire.request("status", timeout_s=timeout_s)[0])
+        return Status.parse(self._send("status", timeout_s=timeout_s)[0])
 
     # -- what is held ------------------------------------------------------------------------------------------------
 
@@ -183,7 +212,7 @@ class SnapshotClient:
             "anchor": None if anchor is None else list(anchor),
             "settings": asdict(settings or Settings()),
         }
-        self.wire.request("adopt", fields, membership.dump().encode())
+        self._send("adopt", fields, membership.dump().encode())
 
     def fence(self, generation: int | None = None) -> list[int]:
         """Begin a generation on this node: what older ones say is refused, and their trainers are killed. Return them.
@@ -191,7 +220,7 @@ class SnapshotClient:
         Raises: CheckpointError if a newer one has begun, or a trainer cannot be killed: then the node counts as lost
         """
         generation = self.generation if generation is None else generation
-        answer, _ = self.wire.request("fence", {"generation": generation}, timeout_s=self.wire.timeout_s + FENCE_S)
+        answer, _ = self._send("fence", {"generation": generation}, timeout_s=self.wire.timeout_s + FENCE_S)
         self.wire.generation = max(self.wire.generation, generation)
         return [int(pid) for pid in answer["killed"]]
 
@@ -207,7 +236,7 @@ class SnapshotClient:
 
     def stop(self, *, remove: bool) -> None:
         """End the process; `remove` all that it holds."""
-        self.wire.request("stop", {"generation": self.generation, "remove": remove})
+        self._send("stop", {"generation": self.generation, "remove": remove})
 
     def close(self) -> None:
         """End the connections."""

@@ -125,16 +125,3 @@ class Decoder:
             f"rank {rank}: block {block} of its data cannot be rebuilt: {self.stripes.num_data} of the other "
             f"{self.stripes.n - 1} blocks of its stripe are needed, and these cannot be had: {reasons}"
         )
-
-
-def decode_range(
-    stripes: Stripes,
-    rank: int,
-    missing: Collection[tuple[int, str]],
-    fetch: Fetch,
-    start: int,
-    stop: int,
-    into: memoryview | None = None,
-) -> memoryview:
-    """Rebuild bytes [start, stop) of the data of one rank: a Decoder for one range. See `Decoder.read`."""
-    return Decoder(stripes, missing, fetch).read(rank, start, stop, into)

@@ -6,7 +6,7 @@ Pure functions of who sits where. Must not know: segments, sockets, how parity i
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from windlass.dist.errors import PlanError
 
@@ -119,9 +119,3 @@ def weaknesses(groups: Groups, nodes: Sequence[str], domains: Mapping[str, str],
     if weak:
         found.append(f"snapshot.parity = {k}: groups {weak} are too small and survive {len(weak[0]) - 1} lost members")
     return found
-
-
-def restorable(groups: Groups, scheme: str, k: int, missing: Collection[int]) -> bool:
-    """Return whether the data of all ranks can be had when the data and parity of the missing ones are gone."""
-    lost = set(missing)
-    return all(len(lost & set(group)) <= num_parity(scheme, k, len(group)) for group in groups)

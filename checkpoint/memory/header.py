@@ -14,11 +14,11 @@ from typing import Any
 
 import numpy as np
 
+from windlass.checkpoint.memory.stripes import DATA, PARITY
 from windlass.dist.errors import CheckpointError
 
 FACTS_BYTES = 256 << 10  # what a header has room for beside its tables
 OWN_PARITY = -1  # the key of a parity slot's own bytes among its hash tables
-ROLES = ("data", "parity")
 _COUNT = struct.Struct("<Q")
 
 
@@ -58,7 +58,7 @@ class SlotHeader:
 
     @property
     def own_key(self) -> int:
-        return self.rank if self.role == "data" else OWN_PARITY
+        return self.rank if self.role == DATA else OWN_PARITY
 
     @property
     def num_chunks(self) -> int:
@@ -90,7 +90,7 @@ class SlotHeader:
             header = SlotHeader(**given)
             numbers = (header.generation, header.step, header.rank, header.world_size, header.num_bytes)
             if (
-                header.role not in ROLES
+                header.role not in (DATA, PARITY)
                 or header.chunk_bytes < 1
                 or not all(type(n) is int and n >= 0 for n in numbers)
             ):

@@ -17,8 +17,8 @@ from windlass.checkpoint.memory.header import State
 from windlass.checkpoint.memory.membership import Membership
 from windlass.checkpoint.memory.stripes import DATA, PARITY
 
-TIERS = ("ram", "local")  # cheapest first
-STORAGE = "storage"
+RAM, LOCAL, STORAGE = "ram", "local", "storage"  # where a step can be
+TIERS = (RAM, LOCAL)  # of what nodes hold, cheapest first
 
 
 @dataclass(frozen=True, order=True)

@@ -15,10 +15,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from windlass.checkpoint.memory.folder import NodeFolder
+from windlass.checkpoint.memory.inventory import LOCAL, STORAGE
 from windlass.checkpoint.memory.peers import Peers
 from windlass.checkpoint.memory.term import Term
 from windlass.checkpoint.memory.votes import NOTHING
-from windlass.checkpoint.memory.writing import LEVELS, LOCAL, STORAGE, Writing
+from windlass.checkpoint.memory.writing import LEVELS, Writing
 from windlass.dist.errors import CheckpointError
 
 POLL_S = 0.05

@@ -16,9 +16,9 @@ from windlass.checkpoint.memory.layout import Layout
 from windlass.checkpoint.memory.membership import Membership
 from windlass.checkpoint.memory.pace import Pace
 from windlass.checkpoint.memory.peers import Peers
-from windlass.checkpoint.memory.segment import Segment, Slot, num_chunks, segment_bytes
-from windlass.checkpoint.memory.slots import DATA, PARITY, NodeSlots
-from windlass.checkpoint.memory.stripes import Stripes
+from windlass.checkpoint.memory.segment import Segment, Slot, parity_hashes, segment_bytes
+from windlass.checkpoint.memory.slots import NodeSlots
+from windlass.checkpoint.memory.stripes import DATA, PARITY, Stripes
 from windlass.checkpoint.memory.term import Term
 from windlass.dist.env import fault
 from windlass.dist.errors import CheckpointError
@@ -32,8 +32,7 @@ def parity_files(folder: NodeFolder, slots: NodeSlots, membership: Membership) -
     for member in membership.by_node.get(folder.node, ()):
         stripes, data = membership.stripes_of(member.rank), slots.current(DATA, member.rank)
         if stripes is not None and data is not None and not membership.local_parity:
-            words = sum(num_chunks(size, stripes.chunk_bytes) for size in (stripes.parity_bytes, *stripes.sizes))
-            sizes = (stripes.parity_bytes, data.num_slots, words)
+            sizes = (stripes.parity_bytes, data.num_slots, parity_hashes(stripes))
             path = folder.segment_path(PARITY, member.rank, *sizes)
             files[member.rank] = SegmentFile(path, PARITY, member.rank, *sizes)
     return files

@@ -31,6 +31,7 @@ import numpy as np
 import xxhash
 
 from windlass.checkpoint.memory.header import FACTS_BYTES, SlotHeader, State, pack, unpack
+from windlass.checkpoint.memory.stripes import Stripes
 from windlass.dist.errors import CheckpointError
 
 PAGE = 4096
@@ -316,6 +317,11 @@ def segment_bytes(slot_bytes: int, num_slots: int, table_chunks: int) -> int:
 def num_chunks(num_bytes: int, chunk_bytes: int) -> int:
     """Return in how many chunks this many bytes are hashed."""
     return -(-num_bytes // chunk_bytes)
+
+
+def parity_hashes(stripes: Stripes) -> int:
+    """Return how many hashes the header of a parity slot has: of its own bytes, and of all members' data."""
+    return sum(num_chunks(size, stripes.chunk_bytes) for size in (stripes.parity_bytes, *stripes.sizes))
 
 
 def hash_chunks(data: np.ndarray, num_bytes: int, chunk_bytes: int, first: int = 0) -> np.ndarray:

@@ -16,10 +16,9 @@ from windlass.checkpoint.memory.folder import NodeFolder
 from windlass.checkpoint.memory.header import SlotHeader, State
 from windlass.checkpoint.memory.membership import Membership
 from windlass.checkpoint.memory.segment import Segment, Slot
+from windlass.checkpoint.memory.stripes import DATA, PARITY
 from windlass.checkpoint.memory.votes import Decree
 from windlass.dist.errors import CheckpointError
-
-DATA, PARITY = "data", "parity"
 
 
 @dataclass(frozen=True)

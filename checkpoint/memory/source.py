@@ -89,18 +89,20 @@ class MemorySource:
     """The bytes of every rank of one step: a `Files` of `checkpoint.storage`.
 
     `rank` is who reads, for messages and drills. A copy that cannot be read is tried again for `timeout_s`, because a
-    snapshot process that ended comes back with all it held. `bad` collects copies with the reason.
+    snapshot process that ended comes back with all it held. `bad` tells which copies are to blame, and why: those that
+    are damaged, and those that could not be read all that time, unless they could be later.
     """
 
     def __init__(self, choice: Choice, world: Membership, reach: Reach, *, rank: int = 0, timeout_s: float = 10.0):
         self.choice, self.world, self.rank, self.timeout_s = choice, world, rank, timeout_s
         self.place = f"step {choice.step} of generation {choice.generation} in memory"
-        self.bad: dict[Held, str] = {}
+        self._damaged: dict[Held, str] = {}
+        self._silent: dict[Held, str] = {}
         self._computed: dict[tuple[int, str], list[int]] = {}  # chunks by rank and reason
         self._reach = reach
         self._lock = threading.Lock()
         self._copies: dict[Held, Copy] = {}
-        self._away: set[Held] = set()  # could not be read just now
+        self._away: dict[Held, str] = {}  # could not be read just now
         self._gone: set[Held] = set()  # cannot be opened, and never will be
         self._kept: OrderedDict[tuple[int, int], memoryview] = OrderedDict()
         self._decoders: dict[tuple[int, ...], Decoder | None] = {}
@@ -127,10 +129,40 @@ class MemorySource:
             raise FileNotFoundError(2, "there is no such rank", name)
         return int(match[1])
 
+    @property
+    def bad(self) -> dict[Held, str]:
+        with self._lock:
+            return {**self._silent, **self._damaged}
+
+    def blame(self, copies: Mapping[Held, str]) -> None:
+        """Take copies for damaged, for reasons that only the caller knows."""
+        with self._lock:
+            self._damaged.update(copies)
+
     # -- facts -------------------------------------------------------------------------------------------------------
 
     def facts(self, rank: int) -> dict[str, Any] | None:
         """Return the facts that a rank kept with its snapshot; None if they went with its node."""
+        deadline = time.monotonic() + self.timeout_s
+        while (found := self._facts(rank)) is None and self._once_more(deadline):
+            continue
+        return found
+
+    def any_facts(self) -> dict[str, Any]:
+        """Return the facts of the first rank that has any.
+
+        Raises: CheckpointError if none can be read
+        """
+        deadline = time.monotonic() + self.timeout_s
+        while True:
+            for rank in range(self.world.world_size):
+                if (found := self._facts(rank)) is not None:
+                    return found
+            if not self._once_more(deadline):
+                why = "; ".join([*self.bad.values()][:4])
+                raise CheckpointError(f"{self.place}: no header can be read: {why}")
+
+    def _facts(self, rank: int) -> dict[str, Any] | None:
         for held in self.choice.data.get(rank, ()):
             copy = self._copy(held)
             if copy is not None:
@@ -140,17 +172,6 @@ class MemorySource:
             if found is not None:
                 return dict(found)
         return None
-
-    def any_facts(self) -> dict[str, Any]:
-        """Return the facts of the first rank that has any.
-
-        Raises: CheckpointError if none can be read
-        """
-        for rank in range(self.world.world_size):
-            found = self.facts(rank)
-            if found is not None:
-                return found
-        raise CheckpointError(f"{self.place}: no header can be read: {'; '.join([*self.bad.values()][:4])}")
 
     # -- bytes -------------------------------------------------------------------------------------------------------
 
@@ -194,11 +215,24 @@ class MemorySource:
             todo, problem = self._compute(rank, todo)
             if not todo:
                 return
-            if not self._away or time.monotonic() > deadline:
+            if not self._once_more(deadline):
                 raise CheckpointError(f"{self.place}: chunk {min(todo)} of rank {rank} is lost: {problem}")
-            time.sleep(PAUSE_S)
+
+    def _once_more(self, deadline: float) -> bool:
+        """Tell whether copies that could not be read are worth another try, after a pause; if not, they are to blame.
+
+        Blocks: host, PAUSE_S
+        """
+        if not self._away:
+            return False
+        if time.monotonic() > deadline:
             with self._lock:
-                self._away.clear()
+                self._silent.update(self._away)
+            return False
+        time.sleep(PAUSE_S)
+        with self._lock:
+            self._away.clear()
+        return True
 
     def _read_copies(self, rank: int, wanted: Mapping[int, memoryview]) -> dict[int, memoryview]:
         """Read what somebody has whole; return what nobody has."""
@@ -222,6 +256,7 @@ class MemorySource:
                 continue
             try:
                 copy.read(number, into)
+                self._answered(held)
                 return True
             except (CheckpointError, Unusable) as error:
                 self._note(held, error)
@@ -238,6 +273,7 @@ class MemorySource:
         except (CheckpointError, Unusable) as error:
             self._note(held, error)
             return None
+        self._answered(held)
         with self._lock:
             return self._copies.setdefault(held, copy)
 
@@ -251,12 +287,18 @@ class MemorySource:
 
     def _note(self, held: Held, error: Exception) -> None:
         with self._lock:
-            self.bad.setdefault(held, str(error))
             if not isinstance(error, Unusable):
-                self._away.add(held)
+                self._away[held] = str(error)
                 self._copies.pop(held, None)
-            elif held not in self._copies:
+                return
+            self._damaged.setdefault(held, str(error))
+            if held not in self._copies:
                 self._gone.add(held)
+
+    def _answered(self, held: Held) -> None:
+        if self._silent:
+            with self._lock:
+                self._silent.pop(held, None)
 
     @property
     def repaired(self) -> list[str]:
@@ -338,7 +380,9 @@ class MemorySource:
 
     def _lost(self, rank: int, role: str = DATA) -> str:
         copies = (self.choice.data if role == DATA else self.choice.parity).get(rank, ())
-        return "; ".join(self.bad.get(held, name_of(held)) for held in copies) or "no copy of it is left"
+        with self._lock:
+            known = {**self._silent, **self._away, **self._damaged}
+        return "; ".join(known.get(held, name_of(held)) for held in copies) or "no copy of it is left"
 
 
 def _runs(numbers: Iterable[int]) -> list[list[int]]:

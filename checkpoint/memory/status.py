@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 from windlass.checkpoint.memory.header import State
 from windlass.checkpoint.memory.heartbeat import Phase, read_heartbeat
+from windlass.checkpoint.memory.inventory import LOCAL, STORAGE
 from windlass.checkpoint.memory.pids import resident_bytes
-from windlass.checkpoint.memory.slots import DATA
+from windlass.checkpoint.memory.stripes import DATA
 from windlass.checkpoint.memory.votes import NOTHING
-from windlass.checkpoint.memory.writing import LOCAL, STORAGE
 from windlass.dist.errors import CheckpointError
 
 if TYPE_CHECKING:

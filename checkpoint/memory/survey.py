@@ -27,12 +27,15 @@ Report = dict[str, Any]  # node, host, port, holdings (fields of Held), membersh
 
 
 class Survey:
-    """Asks the snapshot process of this node, through `client`, and those of nodes on which nobody trains now."""
+    """Asks the snapshot process of this node, through `client`, and those of nodes on which nobody trains now.
+
+    Invariant: nothing stays open between two calls
+    """
 
     def __init__(self, client: SnapshotClient, folder: NodeFolder, local_dir: Path | None, timeout_s: float) -> None:
         self.client, self.folder, self.timeout_s = client, folder, timeout_s
         self._level = None if local_dir is None else LocalLevel(folder, local_dir)
-        self._absent: list[SnapshotClient] = []  # those that answered
+        self._absent: list[tuple[str, int]] = []  # where those are that answered
 
     def report(self) -> Report:
         """Say what this node holds. Copies that are whole but not hashed yet are waited for.
@@ -49,12 +52,10 @@ class Survey:
 
         def one(node: tuple[str, str, int]) -> Report:
             name, host, port = node
-            client = self._connect(host, port)
-            report = self._report(client, name, time.monotonic())
-            if report["problem"]:
-                client.close()
-            else:
-                self._absent.append(client)
+            with self._connect(host, port) as client:
+                report = self._report(client, name, time.monotonic())
+            if not report["problem"]:
+                self._absent.append((host, port))
             return report
 
         if not nodes:
@@ -68,20 +69,16 @@ class Survey:
             found = self.folder.read_layout(digest)
             if found is not None:
                 return found.dump().decode()
-        for client in (self.client, *self._absent):
-            with contextlib.suppress(CheckpointError):
+        with contextlib.suppress(CheckpointError):
+            return self.client.layout(digest).dump().decode()
+        for host, port in self._absent:
+            with contextlib.suppress(CheckpointError), self._connect(host, port) as client:
                 return client.layout(digest).dump().decode()
         return ""
 
     def reach(self) -> Reach:
         """Return what copies are read with."""
         return Reach(self.folder, self._level, lambda held: Wire(self._connect(held.host, held.port)))
-
-    def close(self) -> None:
-        """End the connections to absent nodes."""
-        for client in self._absent:
-            client.close()
-        self._absent.clear()
 
     def _connect(self, host: str, port: int) -> SnapshotClient:
         token, generation = self.folder.read_token, self.client.generation

@@ -12,9 +12,8 @@ from collections.abc import Callable
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from windlass.checkpoint.memory import pids
+from windlass.checkpoint.memory.fencing import fence
 from windlass.checkpoint.memory.header import SlotHeader, State
-from windlass.checkpoint.memory.heartbeat import read_heartbeat
 from windlass.checkpoint.memory.membership import Membership
 from windlass.checkpoint.memory.segment import Slot
 from windlass.checkpoint.memory.settings import Settings
@@ -27,7 +26,6 @@ if TYPE_CHECKING:
 Fields = dict[str, Any]
 Answer = tuple[Fields, Any]
 OPEN = frozenset({"hello", "status", "fence", "adopt", "stop"})  # they say themselves which generation they speak for
-KILL_S = 5.0
 LONGEST_WAIT_S = 30.0
 LOOK_S = 0.002
 
@@ -146,20 +144,9 @@ class Verbs:
         return {}, None
 
     def do_fence(self, fields: Fields, payload: memoryview) -> Answer:
-        """Raise the generation first, then kill: a trainer that starts meanwhile finds that it is over."""
-        generation = int(fields["generation"])
-        now = self.folder.raise_generation(generation)
-        if now > generation:
-            raise CheckpointError(f"node {self.folder.node} is at generation {now}: {generation} is over")
-        beats = [b for b in map(read_heartbeat, self.folder.beating().values()) if b and b.generation < generation]
-        left = pids.kill([(beat.pid, beat.started) for beat in beats], KILL_S)
-        if left:
-            raise CheckpointError(
-                f"node {self.folder.node}: processes {left} of an older generation could not be killed within "
-                f"{KILL_S:g} s: the node must be taken for lost"
-            )
+        killed = fence(self.folder, int(fields["generation"]))
         self.process.seen()
-        return {"killed": [beat.pid for beat in beats]}, None
+        return {"killed": killed}, None
 
     def do_stop(self, fields: Fields, payload: memoryview) -> Answer:
         if int(fields["generation"]) < self.folder.read_generation():

@@ -23,6 +23,9 @@ from windlass.checkpoint.memory.channel import Buffer, Channel, Token
 from windlass.dist.errors import CheckpointError
 
 MAX_PAYLOAD = 64 << 20
+MAX_STRANGERS = 32  # connections at once that have not proved yet that they know the token
+STRANGER_S = 2.0  # for that proof
+LOOK_S = 0.1
 Fields: TypeAlias = dict[str, Any]
 Handle: TypeAlias = Callable[[str, Fields, memoryview], tuple[Fields, Buffer | None]]
 
@@ -37,7 +40,9 @@ class Server:
     `handle(verb, fields, payload)` returns fields and a buffer (sent without a copy) or None; it runs in many threads
     at once, and the payload is valid only during the call. A CheckpointError it raises is sent to the peer.
     `fenced(generation)` returns a reason to refuse a request, or None; `open_verbs` are answered all the same.
-    A peer that breaks the rules is cut off and counted in `counters`, and each kind of breach is logged once.
+    A peer that breaks the rules is cut off and counted in `counters`, and each kind of breach is logged once. Those who
+    have yet to prove who they are take no place of those who have: MAX_STRANGERS at once, for STRANGER_S each; further
+    ones wait to be accepted.
     """
 
     def __init__(
@@ -70,6 +75,8 @@ class Server:
         self._room = _Room(4 * max_payload)
         self._lock = threading.Lock()
         self._channels: dict[threading.Thread, Channel] = {}
+        self._num_admitted = 0
+        self._strangers = threading.Semaphore(MAX_STRANGERS)
         self._closing = threading.Event()
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
         try:
@@ -108,23 +115,22 @@ class Server:
 
     def _accept(self) -> None:
         while not self._closing.is_set():
+            if not self._strangers.acquire(timeout=LOOK_S):
+                continue
             peer = "a peer"
             try:
                 connection, address = self._listener.accept()
                 peer = str(address[0])
                 self._begin(connection, peer)
             except (OSError, RuntimeError) as exc:
+                self._strangers.release()
                 if not self._closing.is_set():
                     self._refuse(f"cannot accept connections: {exc}", peer)
                     self._closing.wait(0.05)  # out of descriptors or threads: they come back as connections end
 
     def _begin(self, connection: socket.socket, peer: str) -> None:
-        if self.num_connections >= self.max_connections:
-            connection.close()
-            self._refuse(f"more than {self.max_connections} connections", peer)
-            return
         try:
-            channel = Channel(connection, self.timeout_s)
+            channel = Channel(connection, min(self.timeout_s, STRANGER_S))
             thread = threading.Thread(target=self._serve, args=(channel, peer), name="snapshot-serve", daemon=True)
             with self._lock:
                 self._channels[thread] = channel
@@ -147,8 +153,19 @@ class Server:
             self._log(f"snapshot process: cut off {peer}: {reason} (logged once)")
 
     def _serve(self, channel: Channel, peer: str) -> None:
+        admitted = False
         try:
-            channel.admit(self._token, self.job)
+            try:
+                channel.admit(self._token, self.job)
+            finally:
+                self._strangers.release()
+            channel.timeout_s = self.timeout_s
+            with self._lock:
+                self._num_admitted += 1
+                admitted = True
+                full = self._num_admitted > self.max_connections
+            if full:
+                raise CheckpointError(f"more than {self.max_connections} connections")
             while not self._closing.is_set():
                 header, num_bytes = channel.receive(self.idle_s, self.max_payload)
                 self._answer(channel, header, num_bytes)
@@ -163,6 +180,7 @@ class Server:
             channel.close()
             with self._lock:
                 self._channels.pop(threading.current_thread(), None)
+                self._num_admitted -= admitted
 
     def _answer(self, channel: Channel, header: Fields, num_bytes: int) -> None:
         verb, generation, fields = header.get("verb"), header.get("generation"), header.get("fields")
@@ -237,12 +255,18 @@ class Client:
         name: str = "",
         max_payload: int = MAX_PAYLOAD,
     ) -> None:
-        self.host, self.port, self.job, self._token = host, port, job, token
+        self.job, self._token, self._name = job, token, name
         self.timeout_s, self.generation, self.max_payload = timeout_s, generation, max_payload
-        self.peer = f"snapshot process{f' of {name}' if name else ''} at {host}:{port}"
         self.fenced = False
         self._lock = threading.Lock()
         self._idle: list[Channel] = []
+        self.move(host, port)
+
+    def move(self, host: str, port: int) -> None:
+        """Speak to another address from the next request on."""
+        self.host, self.port = host, port
+        self.peer = f"snapshot process{f' of {self._name}' if self._name else ''} at {host}:{port}"
+        self._drop_idle()
 
     def request(
         self,

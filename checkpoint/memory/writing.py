@@ -12,12 +12,13 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from windlass.checkpoint.memory.header import State
+from windlass.checkpoint.memory.inventory import LOCAL, STORAGE
 from windlass.checkpoint.memory.membership import Membership
 from windlass.checkpoint.memory.segment import Slot
-from windlass.checkpoint.memory.slots import DATA, PARITY, NodeSlots
+from windlass.checkpoint.memory.slots import NodeSlots
+from windlass.checkpoint.memory.stripes import DATA, PARITY
 from windlass.dist.errors import CheckpointError
 
-STORAGE, LOCAL = "storage", "local"
 LEVELS = (STORAGE, LOCAL)
 
 

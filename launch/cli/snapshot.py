@@ -98,9 +98,12 @@ def gc_command(
 
     if run is None:
         for folder in list_jobs(base):
-            if is_garbage(folder, Settings.read_from(folder).lease_s if lease_s is None else lease_s):
-                folder.remove()
-                typer.echo(f"removed {folder.path}")
+            try:
+                if is_garbage(folder, Settings.read_from(folder).lease_s if lease_s is None else lease_s):
+                    folder.remove()
+                    typer.echo(f"removed {folder.path}")
+            except CheckpointError as error:  # the others' leases are over all the same
+                typer.echo(f"{folder.path} stays: {error}", err=True)
         return
     folders = _folders(run, base)
     for folder in folders:

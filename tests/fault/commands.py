@@ -16,7 +16,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tests.fault.memory_runs import PROTECTED, Lab, Told, end_all
+from tests.fault.memory_runs import PROTECTED, Lab, end_all
+from tests.fault.oracle import Told
 from tests.waiting import until
 from windlass.checkpoint.memory import pids
 from windlass.checkpoint.memory.folder import NodeFolder, SnapshotProcess, list_jobs

@@ -1,9 +1,7 @@
 """Real runs on emulated nodes that lose something, compared with the same run undisturbed.
 
 A `Lab` runs small jobs in this process: controller, fleet of this machine, snapshot processes, and workers forked from
-one server that all runs of a session share. `Told.check` is the oracle: every loss, gradient norm and sample range is
-bitwise that of the undisturbed run, also those of steps that were done twice; the final tensors are; no more steps are
-lost than allowed; nothing is left, neither a process nor a folder in memory.
+one server that all runs of a session share. What a run comes to is a `Told`, whose `check` is the oracle (oracle.py).
 
 What goes wrong is said in one of four ways:
     fault="kill:train.forward:rank=1:step=5:generation=1"   at a named moment inside a process (dist/env.py)
@@ -18,20 +16,19 @@ The workers of such runs are those of tests/fault/paced.py.
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import shutil
 import signal
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-import torch
-
+from tests.fault.oracle import BATCH, Told
 from tests.waiting import until
 from windlass.checkpoint.memory import pids
 from windlass.checkpoint.memory.client import SnapshotClient
@@ -40,8 +37,6 @@ from windlass.checkpoint.memory.header import SlotHeader
 from windlass.checkpoint.memory.membership import Membership
 from windlass.checkpoint.memory.segment import Segment, Slot
 from windlass.checkpoint.memory.status import Status
-from windlass.checkpoint.reader import CheckpointReader
-from windlass.checkpoint.store import find_checkpoint
 from windlass.data.prepare import prepare
 from windlass.dist.errors import CheckpointError
 from windlass.launch.config import load_job
@@ -58,8 +53,8 @@ from windlass.launch.node_memory import NodeMemory
 from windlass.launch.worker import worker_command
 
 STEPS = 12
-BATCH = 8
 GONE_S = 5.0
+LOOK_S = 0.01
 RUN_S = 50.0  # a run that takes longer is ended, and its test fails with what was said
 JOB = f"""
 model: {{vocab_size: 257, hidden_size: 32, num_layers: 2, num_heads: 2, max_seq_len: 32, tie_embeddings: true}}
@@ -72,7 +67,6 @@ metrics: {{tensorboard: false}}
 PROTECTED = ("snapshot.every=1", "snapshot.slots=3", "snapshot.chunk_bytes=16384", "snapshot.bucket_bytes=65536")
 PROTECTED += ("snapshot.peer_timeout_s=3", "checkpoint.mode=lazy", "recovery.max_restarts=8", "recovery.replace_s=0")
 PROTECTED += ("recovery.node_failures=99",)
-EXACT = ("loss", "grad_norm", "lr", "samples", "skipped")
 
 
 def hold(step: int, *, generation: int = 1, rank: int = 0) -> str:
@@ -152,6 +146,7 @@ class Live:
 
         def there() -> bool:
             nonlocal seen
+            threading.Event().wait(LOOK_S)  # asking costs the process that is asked
             try:
                 seen = status = self.status(node)
                 return status.newest.get(level, -1) >= step
@@ -241,97 +236,6 @@ class Watched:
         act = self._acts[int(target)]
         act(self._live)
         return getattr(act, "__name__", "act")
-
-
-@dataclass
-class Told:
-    """How a run went."""
-
-    run: Path
-    code: int
-    said: str
-    steps: int
-    leftovers: list[str] = field(default_factory=list)
-    seconds: float = 0.0
-    memory: Path = Path()  # where its snapshots are
-
-    @property
-    def records(self) -> list[dict[str, Any]]:
-        return ControlLog(self.run).records
-
-    def of(self, kind: str) -> list[dict[str, Any]]:
-        """Return the records of a kind in the control log."""
-        return [record for record in self.records if record["kind"] == kind]
-
-    @property
-    def recovered(self) -> list[dict[str, Any]]:
-        return self.of("recovered")
-
-    @property
-    def restored(self) -> list[tuple[int, str]]:
-        """The step and the tier of every recovery, in order."""
-        return [(record["restored"], tier_of(record["tier"])) for record in self.recovered]
-
-    @property
-    def history(self) -> list[dict[str, Any]]:
-        """The steps that count, in order."""
-        return [entry for entry in read_metrics(self.run / "metrics.jsonl") if "event" not in entry]
-
-    @property
-    def every_step(self) -> list[dict[str, Any]]:
-        """Every step that was ever finished, also those that were done again."""
-        lines = (self.run / "metrics.jsonl").read_text().splitlines()
-        entries = [json.loads(line) for line in lines if line.endswith("}")]
-        return [entry for entry in entries if "event" not in entry]
-
-    @property
-    def checkpoint(self) -> Path:
-        return Path(str(find_checkpoint(self.run / "checkpoints")))
-
-    def check(
-        self,
-        undisturbed: Told,
-        *,
-        lost: int = 1,
-        restarts: int | None = None,
-        recoveries: int | None = None,
-        exact: bool = True,
-    ) -> None:
-        """Assert that nothing but time was lost: the oracle. `lost`: steps that each recovery may repeat; `recoveries`:
-        how many of the restarts came to a first step (default: all).
-
-        `exact`: bit for bit, which holds as long as the number of workers stays the same.
-        """
-        assert self.code == 0, self.said
-        assert [entry["step"] for entry in self.history] == list(range(1, self.steps + 1))
-        edges = [tuple(entry["samples"]) for entry in self.history]
-        assert edges == [(step * BATCH, (step + 1) * BATCH) for step in range(self.steps)]
-        if exact:
-            right = {entry["step"]: [entry[key] for key in EXACT] for entry in undisturbed.history}
-            for entry in self.every_step:
-                assert [entry[key] for key in EXACT] == right[entry["step"]], f"step {entry['step']}: {self.said}"
-            self._check_same_checkpoint(undisturbed)
-        failures = self.of("failure") + self.of("planned")
-        assert len(self.recovered) == (len(failures) if recoveries is None else recoveries), self.said
-        assert len(self.every_step) <= self.steps + lost * len(self.recovered), "more was done again than was lost"
-        assert all(0 <= record["lost"] <= lost for record in self.recovered), self.said
-        if restarts is not None:
-            assert len(failures) == restarts, self.said
-        assert self.leftovers == []
-
-    def _check_same_checkpoint(self, other: Told) -> None:
-        with CheckpointReader(self.checkpoint) as mine, CheckpointReader(other.checkpoint) as theirs:
-            assert mine.manifest.step == theirs.manifest.step == self.steps
-            assert sorted(mine.manifest.tensors) == sorted(theirs.manifest.tensors)
-            for key in mine.manifest.tensors:
-                assert torch.equal(mine.read(key), theirs.read(key)), key
-            for fact in ("step", "consumed", "tokens", "optimizer_steps"):
-                assert mine.manifest.extra[fact] == theirs.manifest.extra[fact], fact
-
-
-def tier_of(text: str) -> str:
-    """Return "ram", "local" or "storage" from how a start names what it went on from."""
-    return next((tier for tier in ("ram", "local") if text.split(" ")[0] == tier), "storage")
 
 
 class Lab:

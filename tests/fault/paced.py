@@ -24,7 +24,7 @@ from windlass.launch.signals import hold_signals
 from windlass.launch.worker import work
 
 PATIENCE_S = 4.0  # a snapshot process that was killed is there again by then
-LOOK_S = 0.002
+LOOK_S = 0.01
 
 
 class Pace:

@@ -18,7 +18,8 @@ from statistics import median
 
 import pytest
 
-from tests.fault.memory_runs import EXACT, Act, Lab, Live, Told, end_all
+from tests.fault.memory_runs import Act, Lab, Live, end_all
+from tests.fault.oracle import EXACT, Told
 from windlass.checkpoint.memory import pids
 from windlass.checkpoint.memory.folder import list_jobs
 from windlass.checkpoint.store import list_checkpoints

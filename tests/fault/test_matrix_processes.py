@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import pytest
 
-from tests.fault.memory_runs import Act, Lab, Live, Told, hold, protected
+from tests.fault.memory_runs import Act, Lab, Live, hold, protected
+from tests.fault.oracle import Told
 from windlass.checkpoint.store import list_checkpoints
 
 

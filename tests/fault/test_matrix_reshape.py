@@ -12,7 +12,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from tests.fault.memory_runs import BATCH, EXACT, Act, Lab, Live, Told, end_all
+from tests.fault.memory_runs import Act, Lab, Live, end_all
+from tests.fault.oracle import BATCH, EXACT, Told
 from windlass.checkpoint.reader import CheckpointReader
 from windlass.launch.metrics import read_metrics
 

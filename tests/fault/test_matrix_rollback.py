@@ -6,12 +6,14 @@ is the same run without kills; for the order it is the list of all samples witho
 
 from __future__ import annotations
 
+import os
 import random
 from pathlib import Path
 
 import pytest
 
-from tests.fault.memory_runs import BATCH, EXACT, Lab, Told
+from tests.fault.memory_runs import Lab
+from tests.fault.oracle import BATCH, EXACT, Told
 from windlass.data.prepare import prepare
 from windlass.launch.control_log import ControlLog
 
@@ -40,12 +42,35 @@ def rough(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "tokens"
 
 
-def run(lab: Lab, rough: Path, fault: str = "") -> Told:
-    return lab.run(settings=[*SPIKES, f"data.path={rough}"], pace=("peers", "storage"), fault=fault)
+def run(lab: Lab, rough: Path, fault: str = "", then: str = "") -> Told:
+    """Run the job with a fault in generation 2 and another from generation 4 on."""
+    between = {4: lambda live: os.environ.update(WINDLASS_FAULT=then)} if then else {}
+    settings = [*SPIKES, f"data.path={rough}"]
+    return lab.run(settings=settings, pace=("peers", "storage"), fault=fault, between=between)
 
 
-def test_try(lab: Lab, rough: Path) -> None:
-    told = run(lab, rough)
-    print(told.said)
-    print([(e["step"], round(e["loss"], 2), e["samples"]) for e in told.every_step])
-    print(told.of("skip"), told.of("rollback"), told.restored)
+def figures(told: Told) -> list[list[object]]:
+    return [[entry["step"], *(entry[key] for key in EXACT)] for entry in told.history]
+
+
+def test_a_run_goes_back_twice_and_leaves_samples_out_whatever_is_killed_on_the_way(lab: Lab, rough: Path) -> None:
+    calm = run(lab, rough)
+    assert (calm.code, calm.leftovers) == (0, []), calm.said
+    skips = ControlLog(calm.run).skips()
+    assert len(skips) == len(calm.of("rollback")) == 2 and not calm.of("failure")
+    left = [n for n in range(0, 2 * STEPS * BATCH, BATCH) if not any(first <= n < last for first, last in skips)]
+    assert [entry["samples"] for entry in calm.history] == [[n, n + BATCH] for n in left[:STEPS]]
+    assert all(step % 4 == 0 and tier == "storage" for step, tier in calm.restored)
+
+    first, second = (step + 1 for step, _ in calm.restored)
+    told = run(
+        lab,
+        rough,
+        fault=f"kill:train.forward:rank=1:step={first}:generation=2",
+        then=f"kill:train.backward:rank=0:step={second}:generation=4",
+    )
+    assert (told.code, told.leftovers) == (0, []), told.said
+    assert [r["generation"] for r in told.of("failure")] == [2, 4]
+    assert ControlLog(told.run).skips() == skips
+    assert figures(told) == figures(calm)
+    assert told.restored == calm.restored, "what was limited once stays limited until a step is done"

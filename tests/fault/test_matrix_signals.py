@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 
 from tests.fault.commands import commands_of
-from tests.fault.memory_runs import BATCH, Act, Lab, Live, Told
+from tests.fault.memory_runs import Act, Lab, Live
+from tests.fault.oracle import BATCH, Told
 from tests.waiting import until
 from windlass.checkpoint.store import list_checkpoints
 from windlass.launch.control_log import read_phases

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tests.checkpoint_doubles import FlatSource, save_shards, some_state
-from tests.persist_doubles import JOB, nodes_with
+from tests.persist_doubles import nodes_with
 from tests.power_loss import Disk, Recorder, states_after
 from windlass.checkpoint.agree import Alone
 from windlass.checkpoint.local_level import LocalLevel

@@ -100,6 +100,19 @@ def test_a_fault_happens_only_at_its_door_rank_and_step(monkeypatch: pytest.Monk
     assert caught.value.errno == errno.ENOSPC
 
 
+def test_several_faults_strike_at_their_own_doors_and_generations(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WINDLASS_FAULT", "raise:smp.vote:generation=2,eio:persist.write:rank=1")
+    fault("smp.vote", rank=0, step=1, generation=1)
+    fault("persist.write", rank=0, step=1)
+    with pytest.raises(WorkerError, match="vote, step 7"):
+        fault("smp.vote", rank=0, step=7, generation=2)
+    with pytest.raises(OSError, match="write"):
+        fault("persist.write", rank=1, step=1, generation=5)
+    monkeypatch.setenv("WINDLASS_GENERATION", "2")
+    with pytest.raises(WorkerError, match="vote, step 3"):
+        fault("smp.vote", rank=0, step=3)
+
+
 @pytest.mark.parametrize(("action", "code"), [("eio", errno.EIO), ("einval", errno.EINVAL), ("enospc", errno.ENOSPC)])
 def test_a_fault_can_be_an_error_of_the_system(monkeypatch: pytest.MonkeyPatch, action: str, code: int) -> None:
     monkeypatch.setenv("WINDLASS_FAULT", f"{action}:nvme.write:step=2")

@@ -12,7 +12,8 @@ from tests.snapshot_state import JOB, HeldState, capturer, hashed, mixed_tensors
 from tests.waiting import until
 from windlass.checkpoint.memory import folder as folder_module
 from windlass.checkpoint.memory.folder import NodeFolder
-from windlass.checkpoint.memory.segment import State
+from windlass.checkpoint.memory.segment import State, parity_hashes, segment_bytes
+from windlass.checkpoint.memory.stripes import Stripes
 from windlass.dist.errors import CheckpointError, WorkerError
 
 FACTS = {"step": 1, "cursor": {"consumed": 96}, "loss": 0.1}
@@ -172,6 +173,21 @@ def test_too_little_memory_is_said_before_anything_is_made(tmp_path, monkeypatch
     with pytest.raises(CheckpointError, match=r"2 snapshots of rank 0 .*need 9\.\d MiB, 1\.0 MiB can be had"):
         capturer(tmp_path, HeldState({"model.w": torch.zeros(1 << 20)}))
     assert NodeFolder(tmp_path, JOB, "node-0").segments() == []
+
+
+@pytest.mark.parametrize("parity", [False, True])
+def test_the_memory_that_is_wanted_is_what_opening_takes(tmp_path, parity):
+    source = HeldState(mixed_tensors(), replicas=(0, 1))
+    taker = capturer(tmp_path, source, parity=parity, opened=False)
+    pulled = None if parity else Stripes((0, 1), (taker.layout.num_bytes, 9000), 1, 4096)
+    wanted, more = taker.wanted_bytes(), taker.wanted_bytes(pulled)
+    assert taker.folder.segments() == []
+    taker.open()
+    assert wanted == sum(file.path.stat().st_size for file in taker.folder.segments()) > taker.layout.num_bytes
+    assert taker.wanted_bytes() == 0 and taker.wanted_bytes(pulled) == more - wanted
+    if pulled is not None:
+        assert more - wanted == segment_bytes(pulled.parity_bytes, 2, parity_hashes(pulled))
+    taker.close()
 
 
 def test_memory_that_is_there_already_is_not_asked_for_again(tmp_path, monkeypatch):

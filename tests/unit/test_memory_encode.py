@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from windlass.checkpoint.memory import encode
-from windlass.checkpoint.memory.decode import Decoder, decode_range
+from windlass.checkpoint.memory.decode import Decoder
 from windlass.checkpoint.memory.encode import checked, encode_parity, encode_slot, parity_header, piece_bytes, seal_slot
 from windlass.checkpoint.memory.header import OWN_PARITY, SlotHeader, State
 from windlass.checkpoint.memory.pace import Pace
@@ -115,9 +115,8 @@ def test_any_range_is_rebuilt_by_itself(shape: tuple[int, int], draw: st.DataObj
     others = draw.draw(st.sets(st.sampled_from(group.stripes.ranks), max_size=k - 1))
     into = bytearray(stop - start)
     checked_fetch = checked(group.fetch, group.tables, CHUNK)
-    found = decode_range(
-        group.stripes, rank, lost_members({rank, *others}), checked_fetch, start, stop, memoryview(into)
-    )
+    decoder = Decoder(group.stripes, lost_members({rank, *others}), checked_fetch)
+    found = decoder.read(rank, start, stop, memoryview(into))
     assert bytes(found) == bytes(into) == group.held[rank, DATA][start:stop].tobytes()
 
 

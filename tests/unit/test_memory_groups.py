@@ -1,16 +1,14 @@
 """Groups over failure domains, the membership document, and the pace of a link."""
 
 import dataclasses
-import itertools
 import json
 import threading
-from collections import Counter
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from windlass.checkpoint.memory.groups import memory_factor, num_parity, plan_groups, restorable, weaknesses
+from windlass.checkpoint.memory.groups import memory_factor, num_parity, plan_groups, weaknesses
 from windlass.checkpoint.memory.membership import Member, Membership
 from windlass.checkpoint.memory.pace import Pace
 from windlass.dist.errors import CheckpointError, PlanError
@@ -106,17 +104,6 @@ def test_ranks_that_nobody_can_protect_are_named() -> None:
     assert "[1, 2]" in weaknesses(groups, nodes, {}, "xor", 1)[0]
     small = plan_groups(nodes_of(1, 1), {}, "reed_solomon", 0, 3, degraded=True)
     assert "survive 1 lost" in weaknesses(small, nodes_of(1, 1), {}, "reed_solomon", 3)[0]
-
-
-@pytest.mark.parametrize(("scheme", "k", "n"), [("xor", 1, 4), ("reed_solomon", 2, 5), ("replica", 2, 3)])
-def test_what_is_restorable_is_counted_per_group(scheme: str, k: int, n: int) -> None:
-    groups = plan_groups(nodes_of(*[1] * 2 * n), {}, scheme, n, k)
-    assert len(groups) == 2
-    survives = num_parity(scheme, k, n)
-    for count in range(2 * n + 1):
-        for missing in itertools.combinations(range(2 * n), count):
-            worst = max(Counter(rank in groups[0] for rank in missing).values(), default=0)
-            assert restorable(groups, scheme, k, missing) == (worst <= survives)
 
 
 def test_memory_factors_are_those_of_the_codes() -> None:

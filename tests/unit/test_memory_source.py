@@ -12,6 +12,7 @@ from tests.checkpoint_doubles import FlatSource, blank, even_shards, on_threads,
 from tests.held_nodes import CHUNK, HeldNodes, Wires, bytes_of, layout_of
 from windlass.checkpoint.agree import Alone
 from windlass.checkpoint.memory.inventory import choose
+from windlass.checkpoint.memory.segment import Segment
 from windlass.checkpoint.memory.source import MemorySource, file_of, kept_layouts, manifest_of
 from windlass.checkpoint.reader import CheckpointReader
 from windlass.checkpoint.restore import restore
@@ -147,6 +148,17 @@ def test_a_flipped_byte_is_computed_anew_and_told(tmp_path):
         assert "chunk 2 of rank 2 was computed" in told and "node-2's memory: chunk 2 is damaged" in told
 
 
+def test_a_rank_whose_header_is_lost_is_told_in_one_line_however_many_chunks_it_has(tmp_path):
+    nodes, state, _ = nodes_of(tmp_path)
+    source = source_of(nodes, 0)
+    segment = Segment.open(next(s.path for s in nodes.folders[2].segments() if s.role == "data"), writable=True)
+    segment.slots[0].free()
+    segment.close()
+    assert_state(restored(nodes, source), state)
+    (told,) = source.repaired
+    assert "chunks of rank 2 were computed: data of rank 2" in told
+
+
 def test_flipped_bytes_of_every_node_are_computed_anew_where_they_are_in_different_places(tmp_path):
     nodes, state, _ = nodes_of(tmp_path, 3)
     stripes = nodes.world
@@ -214,6 +226,34 @@ def test_a_snapshot_process_that_comes_back_is_asked_again(tmp_path, monkeypatch
     wires.cut.add("node-1")
     monkeypatch.setattr("windlass.checkpoint.memory.source.time.sleep", lambda seconds: wires.cut.clear())
     assert_state(restored(nodes, source), state)
+
+
+def test_a_copy_that_was_away_for_a_moment_is_not_to_blame_for_what_fails_later(tmp_path, monkeypatch):
+    nodes, _, _ = nodes_of(tmp_path, 2, scheme="none")
+    wires = Wires(nodes)
+    source = source_of(nodes, 0, wires, timeout_s=20.0)
+    wires.cut.add("node-1")
+    monkeypatch.setattr("windlass.checkpoint.memory.source.time.sleep", lambda seconds: wires.cut.clear())
+    assert source.facts(1)["rng"] == "of rank 1" and not source.bad
+    wires.cut.add("node-1")
+    assert source.read(1, 0, memoryview(bytearray(CHUNK))) == CHUNK and not source.bad
+    nodes.flip("data", 0, 5)
+    with pytest.raises(CheckpointError, match="chunk 0 of rank 0 is lost"):
+        source.read(0, 0, memoryview(bytearray(CHUNK)))
+    assert [held.node for held in source.bad] == ["node-0"]
+
+
+def test_a_copy_that_stays_away_is_to_blame_until_it_can_be_read(tmp_path):
+    nodes, _, _ = nodes_of(tmp_path, 2, scheme="none")
+    wires = Wires(nodes)
+    source = source_of(nodes, 0, wires)
+    wires.cut.add("node-1")
+    with pytest.raises(CheckpointError, match=r"chunk 0 of rank 1 is lost: .*node-1 is not there"):
+        source.read(1, 0, memoryview(bytearray(CHUNK)))
+    assert [held.node for held in source.bad] == ["node-1"]
+    wires.cut.clear()
+    source._away.clear()
+    assert source.read(1, 0, memoryview(bytearray(CHUNK))) == CHUNK and not source.bad
 
 
 def test_a_slot_that_was_overwritten_since_it_was_listed_is_not_read(tmp_path):

@@ -1,9 +1,11 @@
 """The wire between snapshot processes: requests are answered, slow and lost peers harm nobody, room is bounded."""
 
 import json
+import os
 import struct
 import threading
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,7 +14,11 @@ import pytest
 from tests.waiting import until
 from tests.wire_case import HOST, JOB, MAX, REQUEST, STORE, TOKEN, Case, ended, frame, handle, serving
 from windlass.checkpoint.memory import channel as channel_module
+from windlass.checkpoint.memory import wire as wire_module
 from windlass.checkpoint.memory.channel import HEAD, MAX_HEADER
+from windlass.checkpoint.memory.client import SnapshotClient
+from windlass.checkpoint.memory.folder import NodeFolder, SnapshotProcess
+from windlass.checkpoint.memory.heartbeat import process_started
 from windlass.checkpoint.memory.wire import Server
 from windlass.dist.errors import CheckpointError
 
@@ -203,16 +209,56 @@ def test_a_client_names_a_peer_that_does_not_answer(make: Callable[..., Case]) -
 
 def test_connections_are_bounded_and_the_room_comes_back(make: Callable[..., Case]) -> None:
     case = make(max_connections=2)
-    silent = [case.raw(), case.raw()]
-    until(lambda: case.server.num_connections == 2)
+    known = [case.known(), case.known()]
     with pytest.raises(CheckpointError, match="failed"):
         case.client().request("ping")
     until(lambda: case.refused("more than 2 connections") == 1)
-    assert case.server.num_connections == 2
-    for connection in silent:
+    until(lambda: case.server.num_connections == 2)
+    for connection in known:
         connection.close()
     until(lambda: case.server.num_connections == 0)
     assert case.lives()
+
+
+def test_those_who_do_not_prove_who_they_are_take_no_place_of_others_and_are_few(
+    make: Callable[..., Case], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(wire_module, "MAX_STRANGERS", 2)
+    monkeypatch.setattr(wire_module, "STRANGER_S", 0.5)
+    case = make(max_connections=2, timeout_s=30.0)
+    client = case.client()
+    client.request("ping")
+    strangers = [case.raw() for _ in range(5)]
+    until(lambda: case.server.num_connections == 3)  # the other three wait to be accepted
+    assert client.request("ping")[0]["verb"] == "ping" and case.server.num_connections == 3
+    assert case.client().request("ping")[0]["verb"] == "ping"  # although they are before it
+    assert case.refused("more than 2 connections") == 0
+    for stranger in strangers:
+        assert ended(stranger)
+        stranger.close()
+    until(lambda: case.refused("too slow or idle") == 5)
+    until(lambda: case.server.num_connections == 2)
+
+
+def test_a_client_of_a_folder_follows_its_process_to_another_address(make: Callable[..., Case], tmp_path: Path) -> None:
+    folder = NodeFolder(tmp_path, JOB, "node-0").create(TOKEN)
+
+    def serve() -> Case:
+        case = make()
+        me = SnapshotProcess(os.getpid(), process_started(os.getpid()) or 0, case.server.host, case.server.port)
+        folder.write_smp(me)
+        return case
+
+    first = serve()
+    client = SnapshotClient.of(folder, 3)
+    assert client.hello()["verb"] == "hello"
+    first.server.close()
+    with pytest.raises(CheckpointError, match=f"node-0 at {HOST}:{first.server.port}"):
+        client.hello()
+    second = serve()
+    assert second.server.port != first.server.port and client.hello()["verb"] == "hello"
+    assert client.wire.port == second.server.port
+    client.close()
 
 
 def test_payloads_of_all_connections_share_a_bounded_memory(make: Callable[..., Case]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import signal
@@ -13,10 +14,14 @@ from pathlib import Path
 import pytest
 
 from tests.waiting import until
+from windlass.checkpoint.memory.client import SnapshotClient
+from windlass.checkpoint.memory.fencing import fence
 from windlass.checkpoint.memory.folder import NodeFolder
 from windlass.checkpoint.memory.heartbeat import Heartbeat, Phase
 from windlass.dist.errors import CheckpointError
+from windlass.launch.keeper import Keeper
 from windlass.launch.node_memory import NodeMemory, forget_another_run, stop_process
+from windlass.launch.snapshot_watch import SnapshotWatch
 
 JOB = "0123456789abcdef"
 TRAINER = """
@@ -60,6 +65,74 @@ def test_a_killed_snapshot_process_is_replaced_and_that_is_news_once(folder: Nod
     assert served is not None and served.alive and served.pid != first
     assert len(news) == 1 and "snapshot process of node-0 replaced" in news[0]
     memory.release(ok=True)
+
+
+class Failing:
+    """Supervises a process that cannot be started the first few times."""
+
+    def __init__(self, folder: NodeFolder, failures: int) -> None:
+        self.folder, self.failures, self.asked = folder, failures, 0
+
+    def check(self) -> bool:
+        self.asked += 1
+        if self.asked <= self.failures:
+            raise CheckpointError(f"no memory, attempt {self.asked}")
+        return self.asked == self.failures + 1
+
+
+def test_a_process_that_cannot_be_started_is_tried_again_ever_more_rarely_and_said_once(
+    folder: NodeFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [100.0]
+    monkeypatch.setattr("windlass.launch.keeper.time.monotonic", lambda: now[0])
+    failing = Failing(folder, 8)
+    keeper, said, asked_at = Keeper(failing), [], []  # type: ignore[arg-type]
+    while failing.asked < 10:
+        before = failing.asked
+        said += [news] if (news := keeper.look()) else []
+        asked_at += [now[0]] if failing.asked > before else []
+        now[0] += 0.25
+    assert len(said) == 2 and "cannot be replaced" in said[0] and "attempt 1" in said[0]
+    assert "snapshot process of node-0 replaced" in said[1]
+    pauses = [later - sooner for sooner, later in itertools.pairwise(asked_at)]
+    assert pauses == [0.5, 1, 2, 4, 8, 16, 30, 30, 0.25]
+
+
+def test_the_keeper_of_a_node_goes_on_after_a_start_that_failed(
+    folder: NodeFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    memory = NodeMemory(folder, "secret")
+    memory.fence(1)
+    failing = Failing(folder, 1)
+    monkeypatch.setattr(memory._supervisor, "check", failing.check)
+    news: list[str] = []
+    until(lambda: bool(news.extend(memory.tend()) or len(news) == 2), 20)
+    assert "cannot be replaced" in news[0] and "replaced in" in news[1]
+    memory.release(ok=True)
+
+
+def test_a_watch_that_cannot_start_a_process_says_so_once(folder: NodeFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder.create("secret")
+    failing = Failing(folder, 1 << 30)
+    monkeypatch.setattr("windlass.launch.snapshot_watch.Supervisor", lambda folder: failing)
+    monkeypatch.setattr("windlass.launch.keeper.FIRST_PAUSE_S", 0.0)
+    client = SnapshotClient("127.0.0.1", 1, JOB, "secret", 0.1, generation=1)
+    watch = SnapshotWatch(folder, client, supervise=True, first=True)
+    for _ in range(3):
+        watch.look()
+    assert failing.asked == 3
+    assert len(watch.problems) == 1 and "cannot be replaced" in watch.problems[0]
+
+
+def test_fencing_leaves_its_caller_alone_and_refuses_a_generation_that_is_over(folder: NodeFolder) -> None:
+    folder.create("secret")
+    Heartbeat(folder.beat_path(0), 1).beat(Phase.STEP, 7)
+    assert fence(folder, 2) == [] and folder.read_generation() == 2
+    with pytest.raises(CheckpointError, match="node node-0 is at generation 2: 1 is over"):
+        fence(folder, 1)
+    with pytest.raises(CheckpointError, match="is at generation 2: 1 is over"):
+        NodeMemory(folder, "secret").fence(1)
+    assert folder.read_smp() is None
 
 
 def test_a_node_that_lost_everything_stays_lost(folder: NodeFolder) -> None:

@@ -79,7 +79,7 @@ def test_an_interface_that_leads_nowhere_is_an_error_that_names_those_there_are(
 
 
 def test_where_nothing_tells_the_error_names_what_to_set(host: dict[str, str]) -> None:
-    with pytest.raises(CommError, match="knows itself as myself only.*Set GLOO_SOCKET_IFNAME"):
+    with pytest.raises(CommError, match=r"knows itself as myself only.*Set GLOO_SOCKET_IFNAME"):
         found("myself", ["another one", "", "it has none either"])
     host.clear()
     with pytest.raises(CommError, match="Set GLOO_SOCKET_IFNAME"):
