@@ -53,7 +53,7 @@ check: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/unit
 
 soak: setup
-	OMP_NUM_THREADS=1 $(BIN)/python tests/soak.py --minutes $(SOAK_MINUTES) $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.soak --minutes $(SOAK_MINUTES) $(ARGS)
 
 bench: setup
 	$(BIN)/python benchmarks/zero.py $(ARGS)

@@ -138,7 +138,6 @@ class _Search:
                 notes = [*self.damaged, *memory.passed_over]
                 return Origin(None, memory, memory.step, notes, after=self.from_storage)
             self._note(memory.passed_over)
-            memory.close()
             if memory.choice.step < 0 or self._whole(memory.choice.place):
                 break
         return self.from_storage()

@@ -86,9 +86,6 @@ class Found:
         self.passed_over += [text for text in passed_over if text not in self.passed_over]
         return choice or NOTHING
 
-    def close(self) -> None:
-        """Nothing: no connection stays open between two calls."""
-
     def restore(self, engine: StateSource, world: Peers) -> Resumed:
         """Fill the engine from the chosen step, or from the next best one if that proves damaged.
 

@@ -368,6 +368,7 @@ class World(Faults, Control, Storage):
             smp.passed = {rank: node.beats.get((world.generation, rank), NOTHING) for rank in ranks}
             return True
         smp.shelves.refresh()
+        smp.shelves.free_orphans(world.generation)
         self.clock += 1
         held = smp.shelves.states(world.generation, ranks)
         report = Report(node.name, world.generation, self.clock, held, smp.passed)

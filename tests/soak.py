@@ -1,9 +1,8 @@
 """`make soak`: a job with spares is struck at random, again and again, and must come out as if nothing had happened.
 
-    python tests/soak.py [--minutes 5] [--seed 0]
+    python -m tests.soak [--minutes 5] [--seed 0]
 
-Each round is one run with a few strikes of random kinds at random steps; the oracle of the fault matrix (memory_runs.py)
-compares it with the undisturbed run. The exit code is 1 if any round differs from it, and the table then names the seed
+Each round is one run with a few strikes of random kinds at random steps; the oracle of the fault matrix compares it with the undisturbed run. The exit code is 1 if any round differs from it, and the table then names the seed
 that repeats it.
 """
 
@@ -20,9 +19,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
 
-sys.path[:0] = [str(Path(__file__).resolve().parent.parent)]
-
-from tests.fault.memory_runs import STEPS, Lab, Told
+from tests.fault.memory_runs import STEPS, Lab
+from tests.fault.oracle import Told
 from windlass.launch.control_log import ControlLog
 from windlass.launch.drill import outcomes
 
@@ -110,7 +108,8 @@ def soak(minutes: float, seed: int) -> int:
             given = round_of(seed + rounds)
             told = lab.run(workers=WORKERS, settings=["recovery.hang_s=3", "recovery.node_failures=9"], **given)  # type: ignore[arg-type]
             difference = judge(told, undisturbed)
-            print(f"round {rounds} (seed {seed + rounds}): {given} {told.seconds:.1f} s {'DIFFERS' if difference else 'equal'}")
+            outcome = "DIFFERS" if difference else "equal"
+            print(f"round {rounds} (seed {seed + rounds}): {given} {told.seconds:.1f} s {outcome}")
             if difference:
                 wrong.append(f"seed {seed + rounds}: {given}\n{difference}")
             note(told, kinds)

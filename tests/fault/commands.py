@@ -102,8 +102,12 @@ class Commands:
         steps: int = 12,
         variables: Mapping[str, str] | None = None,
         memory: Path | None = None,
+        before: Sequence[str] = (),
     ) -> Command:
-        """Start `PROGRAM train JOB OVERRIDES` in a session of its own; snapshots go to a folder of its own in memory."""
+        """Start `BEFORE python PROGRAM train JOB OVERRIDES` in a session of its own.
+
+        Its snapshots go to `memory`, or to a folder of its own in memory.
+        """
         run = self.folder / name
         run.mkdir(exist_ok=True)
         memory = memory or self.lab.new_memory()
@@ -111,7 +115,7 @@ class Commands:
         settings += [key for key in PROTECTED if not key.startswith("recovery.")]
         with (run / "output.txt").open("ab") as out:
             process = subprocess.Popen(
-                [sys.executable, *program, "train", str(self.lab.job), *settings, *overrides],
+                [*before, sys.executable, *program, "train", str(self.lab.job), *settings, *overrides],
                 cwd=ROOT,
                 env={**os.environ, "PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1", **(variables or {})},
                 stdin=subprocess.DEVNULL,

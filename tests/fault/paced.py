@@ -41,7 +41,8 @@ class Pace:
 
     def _kept(self, step: int) -> bool:
         wanted = {level: (step - (2 if level == "peers" else 1)) // n * n for level, n in self._every.items()}
-        if max(wanted.values(), default=0) < 1:
+        wanted = {level: least for level, least in wanted.items() if least > 0}
+        if not wanted:
             return True
         try:
             with SnapshotClient.of(self._folder) as client:

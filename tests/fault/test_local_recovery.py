@@ -114,7 +114,7 @@ def test_a_recovery_is_measured_by_phase_and_told_once(job: Job) -> None:
     (recovered,) = job.records("recovered")
     assert recovered["restored"] == 3 and recovered["lost"] == 0 and recovered["tier"] == "ram"
     assert {"fence", "respawn", "load", "first step"} <= set(recovered["seconds"])
-    assert all(0 <= seconds < 10 for seconds in recovered["seconds"].values())
+    assert all(seconds >= 0 for seconds in recovered["seconds"].values())
     assert sum("recovered" in text for text in job.said) == 1
     assert any("restored  step 3 from ram, 0 steps lost" in text for text in job.said)
     page = (job.run / "history.md").read_text()

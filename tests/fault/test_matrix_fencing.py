@@ -1,4 +1,4 @@
-"""What belongs to an older generation changes nothing, what hangs is ended, and a restore that loses its source retries.
+"""What is of an older generation changes nothing, what hangs is ended, and a restore that loses its source retries.
 
 Rows of the fault matrix:
      8  a source of a restore dies meanwhile  -> test_a_node_that_is_lost_during_a_restore_*, test_a_snapshot_process_*
@@ -11,7 +11,6 @@ from __future__ import annotations
 import os
 import signal
 import threading
-from pathlib import Path
 
 import pytest
 

@@ -47,9 +47,7 @@ def check_order(told: Told, steps: int) -> None:
 @pytest.mark.parametrize("case", CASES)
 def test_state_in_memory_is_cut_anew_as_that_of_a_checkpoint_is(case: str, lab: Lab) -> None:
     before, after = CASES[case]
-    died = lab.run(
-        **shaped(before), fault="kill:train.forward:rank=1:step=4", keep=True, pace=("peers", "storage")
-    )
+    died = lab.run(**shaped(before), fault="kill:train.forward:rank=1:step=4", keep=True, pace=("peers", "storage"))
     try:
         assert died.code != 0 and len(died.every_step) == 3, died.said
         elsewhere = died.run.with_name(f"{died.run.name}-elsewhere")  # another job: nothing in memory is its

@@ -197,7 +197,7 @@ def test_a_node_that_dies_after_it_was_heard_is_replaced_by_decoding(nodes_with_
     nodes.take(8, even_shards(some_state(1), 3))
     told = resume(nodes, ["node-0", "node-1"], victim="node-2")
     assert_restored(told, some_state(1))
-    assert any("rank 2 was computed" in text for text in told[0][4].repaired)
+    assert any("chunks of rank 2 were computed" in text for text in told[0][4].repaired)
 
 
 def test_damage_beyond_repair_leads_all_ranks_to_the_step_before(nodes_with_processes):
