@@ -59,5 +59,6 @@ bench: setup
 	$(BIN)/python benchmarks/zero.py $(ARGS)
 	$(BIN)/python benchmarks/pipeline.py $(ARGS)
 	$(BIN)/python benchmarks/offload.py $(ARGS)
+	$(BIN)/python benchmarks/checkpoint.py $(ARGS)
 	$(BIN)/python benchmarks/startup.py
 	$(BIN)/python benchmarks/loader.py

@@ -119,15 +119,15 @@ def list_checkpoints(root: Place | Storage) -> list[CheckpointInfo]:
     return sorted((info for info in found if info is not None), key=lambda info: info.order, reverse=True)
 
 
-def find_checkpoint(path: Place, *, at_most: int | None = None) -> Place:
-    """Return the checkpoint that a user means: itself, or the newest valid one of a run (up to step `at_most`).
+def find_checkpoint(path: Place) -> Place:
+    """Return the checkpoint that a user means: itself, or the newest valid one of a run.
 
     Raises: CheckpointError if there is none, or none that is valid.
     """
     if is_checkpoint(path):
         return path
     root = checkpoints_root(path)
-    choice = choose(root, recover=False, at_most=at_most)
+    choice = choose(root, recover=False)
     if choice.folder is not None:
         return choice.folder
     if choice.skipped:
@@ -178,13 +178,11 @@ def choose(
     progress: Callable[[str], None] | None = None,
     recover: bool = True,
     generation: int = 0,
-    at_most: int | None = None,
 ) -> Choice:
     """Return the newest checkpoint whose every byte matches its checksum, and the newer ones skipped with the reason.
 
     `recover` first gives a checkpoint back its name if a save died while replacing it. `generation` > 0 marks that
-    this start of the workers has begun: what older ones publish from now on does not count. Steps beyond `at_most` are
-    not looked at.
+    this start of the workers has begun: what older ones publish from now on does not count.
 
     Collective: every rank of `group`; the files of a candidate are divided over the ranks.
     """
@@ -198,7 +196,7 @@ def choose(
             begin_generation(storage, generation)
         elif recover:
             restore_set_aside(storage)
-        found = [info for info in list_checkpoints(storage) if at_most is None or info.step <= at_most]
+        found = list_checkpoints(storage)
         return [[info.name, str(info.problem) if info.hidden else ""] for info in found]
 
     skipped: list[tuple[Place, str]] = []

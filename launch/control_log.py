@@ -35,7 +35,6 @@ Kind = Literal[
     "lost",  # and it turned out that these nodes are gone
     "planned",  # workers were asked to end so that they can go on elsewhere
     "recovered",  # the first step after a restart is done, with what it took
-    "under_way",  # a run that went back has done its first step
     "struck",  # a drill is about to break something on purpose
     "blow",  # and this is what it did
     "notice",  # something that did not stop training, such as a snapshot process that was replaced
@@ -220,18 +219,6 @@ class ControlLog:
         Steps above it of that and older generations belong to a history that nobody goes on from.
         """
         return {r["generation"]: r["step"] for r in self.records if r["kind"] == "rollback"}
-
-    def limit(self) -> int | None:
-        """Return the step to which the run goes back now; None once a later generation has done a step, or if it
-        does not.
-        """
-        limit = None
-        for record in self.records:
-            if record["kind"] == "rollback":
-                limit = record["step"]
-            elif record["kind"] == "under_way":
-                limit = None
-        return limit
 
     def since_launch(self) -> list[Record]:
         """Return the records since a user started the run, all of them where no launcher writes such a record."""

@@ -31,7 +31,7 @@ class Start:
     """One start of the workers.
 
     `restarted`: it follows a failure or a move, so it goes on from what generations from `since` on have made, whatever
-    the user asked for at first. `skips`: samples that are left out. `at_most`: go on from no later step than this.
+    the user asked for at first. `skips`: samples that are left out.
     `left`: by generation the step to which it went back; what it and earlier ones hold beyond that is of a past that
     the run has left.
     """
@@ -40,12 +40,11 @@ class Start:
     restarted: bool = False
     since: int = 0
     skips: tuple[tuple[int, int], ...] = ()
-    at_most: int | None = None
     left: Mapping[int, int] = field(default_factory=dict)
 
     def admits(self, generation: int, step: int) -> bool:
         """Tell whether a step belongs to the history that goes on."""
-        return not void(generation, step, self.at_most, self.left)
+        return not void(generation, step, self.left)
 
 
 def checkpoints_of(config: JobConfig) -> Place:
@@ -96,13 +95,7 @@ def begin_generation(config: JobConfig, env: ProcessEnv, world: Peers) -> Start:
         since = log.first_since_launch() if env.generation else generation - restarts
         left = [[g, step] for g, step in log.left().items()]
         restarted = is_restart(config, env)
-        return [generation, restarted, since, [list(skip) for skip in log.skips()], log.limit(), left]
+        return [generation, restarted, since, [list(skip) for skip in log.skips()], left]
 
-    generation, restarted, since, skips, at_most, left = on_all_ranks(world, read).check()[0]
-    return Start(generation, restarted, since, tuple((first, stop) for first, stop in skips), at_most, dict(left))
-
-
-def note_under_way(config: JobConfig, start: Start) -> None:
-    """Note that a run that went back has done a step, so that its next start goes on from the newest again."""
-    if start.at_most is not None:
-        ControlLog(Path(config.train.run_dir), start.generation).append("under_way")
+    generation, restarted, since, skips, left = on_all_ranks(world, read).check()[0]
+    return Start(generation, restarted, since, tuple((first, stop) for first, stop in skips), dict(left))

@@ -14,7 +14,7 @@ FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.5, 30.0
 
 
 class Keeper:
-    """Looks after one process. What stands in the way (no memory, no free process number) may pass, so it tries on."""
+    """Looks after one process. What stands in the way (no memory, no process number) may pass, so it tries on."""
 
     def __init__(self, supervisor: Supervisor) -> None:
         self._supervisor = supervisor

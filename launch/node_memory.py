@@ -5,6 +5,7 @@ Must not know: workers, other nodes, what is in a snapshot.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 import signal
@@ -13,6 +14,7 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import final
 
+from windlass.checkpoint.local_level import remove_local_level
 from windlass.checkpoint.memory import pids
 from windlass.checkpoint.memory.client import SnapshotClient
 from windlass.checkpoint.memory.fencing import fence
@@ -148,6 +150,8 @@ class NodeMemory:
         if not ok and self.folder.segments():
             return
         stop_process(self.folder)
+        with contextlib.suppress(OSError, CheckpointError):  # what stays on the drive is ignored by another run
+            remove_local_level(self.folder)
         self.folder.remove()
 
     def release_others(self) -> None:

@@ -119,7 +119,7 @@ class _Search:
         return origin if origin.found or self.wish == "auto" else self._given()
 
     def _newest(self) -> Origin:
-        config, start = self.config, self.start
+        config = self.config
         while self.snapshots is not None:
             memory = find_in_memory(
                 self.world,
@@ -127,7 +127,6 @@ class _Search:
                 self.snapshots.folder,
                 speaks=self.snapshots.speaks,
                 saved=self.saved,
-                at_most=start.at_most,
                 left=self.left,
                 local_dir=Path(config.checkpoint.local_dir) if config.checkpoint.local_dir else None,
                 timeout_s=config.snapshot.peer_timeout_s,
@@ -145,7 +144,7 @@ class _Search:
     def from_storage(self) -> Origin:
         """Return the newest checkpoint that is whole. Collective: every rank of the world"""
         while True:
-            best, passed_over = choose((), {}, self.saved, at_most=self.start.at_most, left=self.left)
+            best, passed_over = choose((), {}, self.saved, left=self.left)
             if best is None:
                 self._note(passed_over)
                 if self.damaged and self.wish == "auto":

@@ -62,10 +62,8 @@ class _Heard:
 class Found:
     """A step that can be restored. Tier "storage" where a checkpoint is newer, with step -1 where nothing is left."""
 
-    def __init__(
-        self, heard: _Heard, survey: Survey, saved: Sequence[Saved], at_most: int | None, left: Mapping[int, int]
-    ) -> None:
-        self._heard, self._survey, self._saved, self._at_most, self._left = heard, survey, saved, at_most, left
+    def __init__(self, heard: _Heard, survey: Survey, saved: Sequence[Saved], left: Mapping[int, int]) -> None:
+        self._heard, self._survey, self._saved, self._left = heard, survey, saved, left
         self.seconds: dict[str, float] = {}
         self.passed_over = list(heard.silent)
         self.choice = self._choose()
@@ -80,9 +78,7 @@ class Found:
         return anchor(self._heard.holdings, self.choice)
 
     def _choose(self) -> Choice:
-        choice, passed_over = choose(
-            self._heard.holdings, self._heard.worlds, self._saved, at_most=self._at_most, left=self._left
-        )
+        choice, passed_over = choose(self._heard.holdings, self._heard.worlds, self._saved, left=self._left)
         self.passed_over += [text for text in passed_over if text not in self.passed_over]
         return choice or NOTHING
 
@@ -202,7 +198,6 @@ def find_in_memory(
     *,
     speaks: bool,
     saved: Iterable[Saved] = (),
-    at_most: int | None = None,
     left: Mapping[int, int] | None = None,
     local_dir: Path | None = None,
     timeout_s: float = 10.0,
@@ -210,7 +205,7 @@ def find_in_memory(
     """Hear what the nodes hold and choose the newest step that can be restored; None if they hold nothing.
 
     One rank of every node `speaks` for it, through the `client` of its snapshot process. Nodes of earlier generations
-    that have no rank now are asked too. For `saved`, `at_most` and `left` see `inventory.choose`.
+    that have no rank now are asked too. For `saved` and `left` see `inventory.choose`.
 
     Collective: every rank of the world
     Blocks: host, at most about twice `timeout_s`
@@ -220,7 +215,7 @@ def find_in_memory(
     heard = _hear(world, survey, speaks)
     if not heard.holdings:
         return None
-    found = Found(heard, survey, tuple(saved), at_most, dict(left or {}))
+    found = Found(heard, survey, tuple(saved), dict(left or {}))
     found.seconds["inventory"] = time.perf_counter() - began
     fault("restore.plan", rank=world.rank, step=found.step)
     return found

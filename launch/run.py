@@ -31,7 +31,7 @@ from windlass.launch.check_recovery import needs_process
 from windlass.launch.config import to_yaml
 from windlass.launch.control_log import Phase, PhaseLog
 from windlass.launch.events import Ended, EventStream, Resumed, Started
-from windlass.launch.generation import Start, begin_generation, is_restart, note_under_way
+from windlass.launch.generation import Start, begin_generation, is_restart
 from windlass.launch.inputs import Inputs, Validation, open_inputs
 from windlass.launch.job import JobConfig
 from windlass.launch.metrics import build_sinks
@@ -122,8 +122,6 @@ class Run:
     def reached(self, phase: Phase) -> None:
         """Note how far this start has come, for whoever measures recoveries."""
         self.phases.mark(phase)
-        if phase == "first_step" and self.rank == 0:
-            note_under_way(self.config, self.start)
 
     def commit_step(self, step: int, tokens: int) -> None:
         """Make a step durable where the drives hold all of the state and always have one whole step.

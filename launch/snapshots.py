@@ -21,10 +21,11 @@ from windlass.checkpoint.memory.capture import Capturer, LocalParity, Source
 from windlass.checkpoint.memory.client import SnapshotClient
 from windlass.checkpoint.memory.folder import NodeFolder
 from windlass.checkpoint.memory.generators import rng_state
-from windlass.checkpoint.memory.groups import plan_groups, weaknesses
+from windlass.checkpoint.memory.groups import num_parity, plan_groups, weaknesses
 from windlass.checkpoint.memory.heartbeat import Heartbeat, Phase
 from windlass.checkpoint.memory.membership import Member, Membership
 from windlass.checkpoint.memory.settings import Settings
+from windlass.checkpoint.memory.stripes import Stripes
 from windlass.checkpoint.memory.supervise import ensure_snapshot_process
 from windlass.checkpoint.save import SaveReport
 from windlass.dist.device import Device
@@ -172,7 +173,7 @@ class Snapshots:
             local_parity=LocalParity(mine) if local and len(mine) > 1 else None,
             tracer=tracer,
         )
-        self._check_room(world)
+        self._check_room(world, None if local else mine)
         layouts = on_all_ranks(world, self._open).check()
         membership = Membership(
             job=self.job,
@@ -192,11 +193,18 @@ class Snapshots:
         self._watch.problems += self.capturer.warnings
         return weaknesses(groups, nodes, domains, snapshot.redundancy, snapshot.parity)
 
-    def _check_room(self, world: Peers) -> None:
-        """Look once for all ranks of each node whether memory suffices, before anybody takes some."""
-        wanted = world.gather_objects(self.capturer.wanted_bytes())
+    def _check_room(self, world: Peers, group: tuple[int, ...] | None) -> None:
+        """Look once for all ranks of each node whether memory suffices, before anybody takes some.
+
+        `group`: the members among which the snapshot processes make parity; None where the trainers do.
+        """
+        snapshot = self._config.snapshot
+        k = 0 if group is None else num_parity(snapshot.redundancy, snapshot.parity, len(group))
+        sizes = world.gather_objects(self.capturer.layout.num_bytes)
+        pulled = Stripes(group, tuple(sizes[r] for r in group), k, snapshot.chunk_bytes) if group and k else None
+        wanted = world.gather_objects(self.capturer.wanted_bytes(pulled))
         mine = [rank for rank, node in enumerate(self.seats.nodes) if node == self.node]
-        what = f"{self._config.snapshot.slots} snapshots of {format_ranks(mine)}"
+        what = f"{snapshot.slots} snapshots of {format_ranks(mine)}"
 
         def check() -> None:
             if self.speaks:

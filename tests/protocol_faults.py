@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
+
 from tests.protocol_parts import Message, Node, Run, Slot, Smp, Trainer
 from tests.protocol_truth import Truth
 from windlass.checkpoint.memory.header import State
@@ -30,8 +32,9 @@ class Faults:
     truth: Truth
     phase: str
 
+    @abstractmethod
     def _deliver(self, a: int, keep: bool) -> bool:
-        raise NotImplementedError
+        """Hand over one message, or lose it."""
 
     def _acting(self) -> list[tuple[Run, Trainer]]:
         return [(run, t) for run in self.runs for t in run.trainers if t.acts]

@@ -122,7 +122,7 @@ class World(Faults, Control, Storage):
         ]
         saved = [Saved(step, "storage", generation) for generation, step in self.storage]
         log = self.control_log
-        choice, why = self.rules.choose(held, self.truth.worlds, saved, at_most=log.limit(), left=log.left())
+        choice, why = self.rules.choose(held, self.truth.worlds, saved, left=log.left())
         run.base = choice
         expected = max([*self.truth.restorable(), *(k for k in self.storage if not self.truth.void(k))], default=None)
         if run.base_key != expected:

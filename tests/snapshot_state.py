@@ -61,8 +61,11 @@ def mixed_tensors(seed: int = 0) -> dict[str, torch.Tensor]:
 
 
 def capturer(base: Path, source: HeldState, rank: int = 0, *, generation: int = 1, **options: Any) -> Capturer:
-    """Return a capturer on a node of its own. `parity`: the group that makes it, True for all replicas; `opened`: it
-    has taken its memory; other options go into the policy."""
+    """Return a capturer on a node of its own.
+
+    `parity`: the group that makes it, True for all replicas; `opened`: it has taken its memory; other options go into
+    the policy.
+    """
     wish, device = options.pop("parity", False), options.pop("device", Device("cpu"))
     opened = options.pop("opened", True)
     base.mkdir(exist_ok=True)

@@ -2,8 +2,9 @@
 
     python -m tests.soak [--minutes 5] [--seed 0]
 
-Each round is one run with a few strikes of random kinds at random steps; the oracle of the fault matrix compares it with the undisturbed run. The exit code is 1 if any round differs from it, and the table then names the seed
-that repeats it.
+Each round is one run with a few strikes of random kinds at random steps; the oracle of the fault matrix compares it
+with the undisturbed run. The exit code is 1 if any round differs from it, and the table then names the seed that
+repeats it.
 """
 
 from __future__ import annotations

@@ -133,6 +133,7 @@ class Duty:
                 self._stopped.wait(RETRY_S)
 
     def _vote(self) -> bool:
+        self.slots.free_orphans(self.term.generation)
         report = self.report()
         for rank, steps in report.held.items():
             fault("smp.vote", rank=rank, step=max(steps, default=NOTHING), generation=self.term.generation)

@@ -79,15 +79,14 @@ def choose(
     worlds: Mapping[int, Membership],
     saved: Iterable[Saved] = (),
     *,
-    at_most: int | None = None,
     left: Mapping[int, int] | None = None,
 ) -> tuple[Choice | None, list[str]]:
     """Return the newest step that can be restored, and why each newer one cannot.
 
     Newest is the highest step of the latest generation: a generation began at the newest step that could be restored
     then, so what older ones hold beyond it is a history that was left. A checkpoint of unknown generation counts by its
-    step alone. Among equals memory wins. `worlds` are the memberships by generation. `at_most` is the step to which the
-    run goes back now; `left` says for generations that ended by going back to which step that was.
+    step alone. Among equals memory wins. `worlds` are the memberships by generation. `left` says for generations that
+    ended by going back to which step that was.
 
     Invariant: depends on the arguments alone and not on their order, so all ranks that hear the same choose the same
     """
@@ -102,7 +101,7 @@ def choose(
         if best is not None and (generation > 0 or step <= best.step):
             continue
         name = f"of generation {generation} in memory" if in_memory else f"of {stored[generation, step].place}"
-        choice, why = None, void(generation, step, at_most, left or {})
+        choice, why = None, void(generation, step, left or {})
         if not why and not in_memory:
             choice = Choice(step, generation, STORAGE, stored[generation, step].place)
         elif not why:
@@ -114,11 +113,9 @@ def choose(
     return best, passed_over
 
 
-def void(generation: int, step: int, at_most: int | None, left: Mapping[int, int]) -> str:
+def void(generation: int, step: int, left: Mapping[int, int]) -> str:
     """Return why a step does not belong to the history that goes on, or nothing if it does."""
-    if at_most is not None and step > at_most:
-        return f"later than step {at_most}, to which the run goes back"
-    by = next((g for g, back in sorted(left.items()) if 0 < generation <= g and step > back), None)
+    by = next((g for g, back in sorted(left.items()) if generation <= g and step > back), None)
     return "" if by is None else f"left behind when generation {by} went back to step {left[by]}"
 
 

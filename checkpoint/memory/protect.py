@@ -167,7 +167,6 @@ class Protector:
         return next(s.segment for s in self.slots.shelves() if s.segment.path == file.path)
 
     def _free_slot(self, rank: int) -> Slot:
-        self.slots.free_orphans(self.term.generation)
         segment = self._segment(rank)
         for slot in segment.slots:
             header = self.slots.header(slot)

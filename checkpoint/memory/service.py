@@ -17,6 +17,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from windlass.checkpoint.local_level import remove_local_level
 from windlass.checkpoint.memory.drive import Drive
 from windlass.checkpoint.memory.duty import Duty
 from windlass.checkpoint.memory.folder import NodeFolder, SnapshotProcess, is_garbage, list_jobs
@@ -64,7 +65,7 @@ class Service:
         self._verbs = Verbs(self)
         self._adopting = threading.Lock()
         self._ending = threading.Event()
-        self._remove = False
+        self._remove = self._complete = False
         self._seen = time.monotonic()
         self._touched = 0.0
 
@@ -255,8 +256,8 @@ class Service:
         self._seen = time.monotonic()
 
     def stop(self, *, remove: bool = False) -> None:
-        """End soon; `remove` the folder too."""
-        self._remove = remove
+        """End soon; `remove` the folder too, and what is on the local drive: the run is complete."""
+        self._remove = self._complete = remove
         self._ending.set()
 
     def run(self) -> None:
@@ -285,6 +286,9 @@ class Service:
         time.sleep(ANSWER_S)
         self._server.close(timeout_s=1.0)
         if self._remove and self._is_mine():
+            if self._complete:  # steps on drives have no lease
+                with contextlib.suppress(OSError, CheckpointError):  # what stays is ignored by another run
+                    remove_local_level(self.folder)
             self.folder.remove()
 
     def _collect_garbage(self) -> None:

@@ -175,8 +175,8 @@ class NodeSlots:
         """
         with self._lock:
             for slot, header in list(self.held(PARITY)):
-                made = header.generation == generation and header.state == State.ENCODED
-                if made and self.find(DATA, header.rank, header.step, generation) is None:
+                made = header.generation == generation and State.FILLING < header.state < State.COMMITTED
+                if made and not slot.claimed and self.find(DATA, header.rank, header.step, generation) is None:
                     slot.free(header)
 
     def begin(self, generation: int, restored: tuple[int, int] | None, anchor: tuple[int, int] | None = None) -> None:

@@ -74,7 +74,7 @@ def work(job: dict[str, Any]) -> int:
     kept = [run / f"state-{rank}" for rank in range(env.world_size)]
     agreed = run / f"from-{generation}"
     if env.rank == 0:
-        limit = ControlLog(run).limit()
+        limit = ControlLog(run).left().get(generation - 1)
         steps = [int(file.read_text()) if file.exists() else 0 for file in kept]
         tell(agreed, str(min(steps if limit is None else [*steps, limit])))
     until(agreed.exists)

@@ -21,7 +21,7 @@ from tests.fault.oracle import EXACT, Told
 from tests.waiting import until
 from windlass.checkpoint.memory.heartbeat import is_alive
 
-STEPS = 400
+STEPS = 150
 
 
 @dataclass

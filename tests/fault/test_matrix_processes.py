@@ -34,7 +34,7 @@ def protected_again(live: Live) -> None:
 def test_training_goes_on_while_snapshot_processes_are_killed_at_work(lab: Lab, moments: tuple[str, str]) -> None:
     first, second = moments
     told = lab.run(
-        fault=f"kill:{first}:rank=0:step=3,kill:{second}:rank=1:step=5",
+        fault=f"kill:{first}:rank=0,kill:{second}:rank=1",
         strikes=["smp=0@step=7", Act(9, protected_again)],
     )
     told.check(lab.undisturbed(), restarts=0)

@@ -96,7 +96,7 @@ def test_a_worker_of_an_older_generation_can_write_nothing_into_the_history_of_a
     with pytest.raises(WorkerError, match="generation 1 is over"):
         worker.append("rollback", step=3, why="late")
     controller.refresh()
-    assert controller.limit() is None
+    assert controller.left() == {}
     assert controller.skips() == [(0, 8)]
 
 
@@ -106,16 +106,14 @@ def test_generations_begin_beyond_what_storage_and_memory_have_heard_of(tmp_path
     assert [log.bump(), log.bump()] == [8, 9]
 
 
-def test_going_back_limits_the_next_start_until_a_later_generation_has_done_a_step(tmp_path: Path) -> None:
+def test_going_back_is_remembered_by_the_generation_that_did_it(tmp_path: Path) -> None:
     log = ControlLog(tmp_path)
     log.append("launch", launch="x")
     log.bump()
-    assert log.limit() is None and not log.restarted()
+    assert log.left() == {} and not log.restarted()
     log.append("rollback", step=10, why="the loss jumped")
     log.bump()
-    assert log.limit() == 10 and log.left() == {1: 10} and log.restarted() and log.num_rollbacks() == 1
-    log.append("under_way")
-    assert log.limit() is None and log.left() == {1: 10}
+    assert log.left() == {1: 10} and log.restarted() and log.num_rollbacks() == 1
     log.append("launch", launch="y")
     assert not log.restarted() and log.num_rollbacks() == 0
 

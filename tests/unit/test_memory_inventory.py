@@ -101,7 +101,8 @@ def test_the_choice_is_the_newest_step_that_can_be_computed_and_every_newer_one_
 ):
     worlds, there = cluster
     saved = [Saved(step, f"step-{step:08d}") for step in saved_steps]
-    choice, passed_over = choose(there, worlds, saved, at_most=at_most)
+    left = {} if at_most is None else {99: at_most}
+    choice, passed_over = choose(there, worlds, saved, left=left)
     fits = [step for step in range(9) if at_most is None or step <= at_most]
     allowed = [(g, s) for s, g in possible(there, worlds) if s in fits]
     wanted = newest(allowed, [s for s in saved_steps if s in fits])
@@ -111,7 +112,7 @@ def test_the_choice_is_the_newest_step_that_can_be_computed_and_every_newer_one_
     explained = [text for text in passed_over if "in memory" in text]
     assert len(explained) == len(newer) and all(text.split(": ", 1)[1] for text in passed_over)
     rng.shuffle(there)
-    assert choose(there, worlds, saved[::-1], at_most=at_most) == (choice, passed_over)
+    assert choose(there, worlds, saved[::-1], left=left) == (choice, passed_over)
 
 
 @settings(max_examples=100, deadline=None)
@@ -222,13 +223,11 @@ def test_memory_is_read_before_local_drives_and_both_make_one_step():
 def test_going_back_passes_over_later_steps_now_and_after_the_next_failure():
     worlds = {1: world(1), 2: world(2)}
     there = slots(range(3), 20, generation=1) + slots(range(3), 15, generation=1)
-    choice, passed_over = choose(there, worlds, [Saved(20, "step-00000020", 1)], at_most=15)
-    assert choice.step == 15
-    assert passed_over == [
-        "step 20 of generation 1 in memory: later than step 15, to which the run goes back",
-        "step 20 of step-00000020: later than step 15, to which the run goes back",
-    ]
     choice, passed_over = choose(there, worlds, [Saved(20, "step-00000020", 1)], left={1: 15})
+    assert passed_over == [
+        "step 20 of generation 1 in memory: left behind when generation 1 went back to step 15",
+        "step 20 of step-00000020: left behind when generation 1 went back to step 15",
+    ]
     assert (choice.step, choice.generation) == (15, 1), "what the run went back to is not left behind"
     assert all("left behind when generation 1 went back to step 15" in text for text in passed_over)
     there += slots(range(3), 17, generation=2)
@@ -272,7 +271,7 @@ def test_what_is_held_in_fewer_places_than_the_committed_step_is_not_relied_on()
 
 def test_steps_beyond_the_choice_drives_and_storage_are_no_anchor():
     there = states(range(3), 7, State.COMMITTED) + states(range(3), 9, State.COMMITTED)
-    choice, _ = choose(there, {1: world()}, at_most=7)
+    choice, _ = choose(there, {1: world()}, left={1: 7})
     assert anchor(there, choice) == (1, 7)
     drives = slots(range(3), 7, tier="local")
     assert anchor(drives, choose(drives, {1: world()})[0]) is None

@@ -79,7 +79,7 @@ def test_a_restart_of_a_run_that_was_to_begin_anew_ignores_what_earlier_launches
 def test_what_a_run_has_left_by_going_back_is_not_gone_on_from(tmp_path: Path) -> None:
     checkpoint(tmp_path, 50, generation=1)
     checkpoint(tmp_path, 100, generation=1)
-    back = Start(generation=2, since=1, restarted=True, at_most=90, left={1: 90})
+    back = Start(generation=2, since=1, restarted=True, left={1: 90})
     later = Start(generation=3, since=1, restarted=True, left={1: 90})
     assert found(tmp_path, back).step == 50
     assert found(tmp_path, later).step == 50

@@ -53,6 +53,6 @@ def test_a_jump_is_noted_for_the_next_start_until_it_has_happened_too_often(tmp_
         note_spike(RollBack(first // 8, first, first + 8, "loss 9 at step 3"), config, 0)
     log.refresh()
     assert log.skips() == [(8, 16), (24, 32)]
-    assert log.limit() == 3
+    assert log.left() == {0: 3}
     with pytest.raises(NumericsError, match="went back 2 times already"):
         note_spike(RollBack(5, 40, 48, "loss 9 at step 6"), config, 0)

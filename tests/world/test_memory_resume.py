@@ -227,9 +227,9 @@ def test_a_run_that_goes_back_takes_the_older_step(nodes_with_processes):
     nodes = nodes_with_processes(2)
     nodes.take(8, even_shards(some_state(1), 2), slot=0)
     nodes.take(9, even_shards(some_state(2), 2), slot=1)
-    told = resume(nodes, ["node-0", "node-1"], at_most=8)
+    told = resume(nodes, ["node-0", "node-1"], left={1: 8})
     assert_restored(told, some_state(1))
-    assert "later than step 8, to which the run goes back" in told[0][1][0]
+    assert "left behind when generation 1 went back to step 8" in told[0][1][0]
 
 
 def test_nothing_left_anywhere_is_an_error_on_every_rank(nodes_with_processes):
