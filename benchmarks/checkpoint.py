@@ -137,15 +137,15 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--mib", type=int, default=100, help="state of a rank (%(default)s)")
     parser.add_argument("--persist-mib", type=int, default=512, help="state in persist (%(default)s)")
     parser.add_argument("--step-s", type=float, default=0.5, help="computing per step (%(default)s)")
-    parser.add_argument("--every", type=int, default=3, help="steps from save to save (%(default)s)")
-    parser.add_argument("--saves", type=int, default=4, help="timed saves of a run, after one (%(default)s)")
+    parser.add_argument("--every", type=int, default=2, help="steps from save to save (%(default)s)")
+    parser.add_argument("--saves", type=int, default=3, help="timed saves of a run, after one (%(default)s)")
     parser.add_argument("--folder", type=Path, default=Path("/var/tmp"), help="on the drive of saves (%(default)s)")
     parser.add_argument("--quick", action="store_true", help="one round, 16 MiB of state, short steps")
     parser.add_argument("--timeout-s", type=float, default=300, help="longest single run (%(default)s)")
     parser.add_argument("--out", type=Path, help="JSON file for every sample")
+    if parser.parse_args().quick:
+        parser.set_defaults(rounds=1, mib=16, persist_mib=64, step_s=0.1, saves=2)
     given = parser.parse_args()
-    if given.quick:
-        given.rounds, given.mib, given.persist_mib, given.step_s, given.saves = 1, 16, 64, 0.1, 2
     if given.peers is not None and not given.peers.is_dir():
         parser.error(f"--peers {given.peers}: there is no such folder. Fill one as --help says")
     return given
@@ -200,7 +200,7 @@ def run_blocked(
     console: Console,
     failures: dict[str, str],
 ) -> tuple[list[Sample], float]:
-    """Return the samples and the speed of the link.
+    """Return the samples and the speed of the link in the last round.
 
     Raises: RankFailed if there is nothing to begin with
     """
@@ -208,8 +208,7 @@ def run_blocked(
     first = run_script(
         "checkpoint_sides.py", [*common, "--side=none", "--link=0", "--warmup=1", "--saves=2"], 2, given, env
     )
-    step_s = statistics.median(first[0]["runs"][0]["steps"])
-    link = (given.mib << 20) / (LINK_SHARE * step_s)
+    link = link_for(statistics.median(first[0]["runs"][0]["steps"]), given)
     common += [f"--products={first[0]['products']}", "--warmup=1", f"--saves={given.saves}"]
     samples = []
     for number in range(1, given.rounds + 1):
@@ -231,7 +230,14 @@ def run_blocked(
                 f"{1000 * samples[-1].blocked_s:8.2f} ms with the link",
                 highlight=False,
             )
+            if side == "none":  # the first of its round: the others get the link that suits the machine as it is now
+                link = link_for(samples[-2].step_s, given)
     return samples, link
+
+
+def link_for(step_s: float, given: argparse.Namespace) -> float:
+    """Return the bytes per second at which a copy of the state takes its share of a step."""
+    return float((given.mib << 20) / (LINK_SHARE * step_s))
 
 
 def sample_of(side: str, number: int, link: str, runs: Sequence[Mapping[str, Any]]) -> Sample:
@@ -254,10 +260,13 @@ def report_blocked(console: Console, samples: Sequence[Sample], link: float, giv
         rows = [s for s in samples if s.link == name]
         if not rows:
             continue
-        slow = "" if name == "raw" else f", copies through a link of {link / 1e9:.2f} GB/s per rank"
+        without = [s.step_s for s in rows if s.side == "none"]
+        step_s = statistics.median(without) if without else given.step_s
+        share = 100 * (given.mib << 20) / link / step_s
+        slow = f", copies through a link of {link / 1e9:.2f} GB/s per rank (the state takes {share:.0f} % of a step)"
         console.print(
-            f"\nblocked, {name}{slow}: 2 ranks, {given.mib} MiB each, a save every {given.every} steps, "
-            f"{given.rounds} round(s) of {given.saves} saves; of the slowest rank",
+            f"\nblocked, {name}{slow if name == 'link' else ''}: 2 ranks, {given.mib} MiB each, a save every "
+            f"{given.every} steps, {given.rounds} round(s) of {given.saves} saves; of the slowest rank",
             highlight=False,
         )
         table = Table(box=box.MARKDOWN)
@@ -265,8 +274,6 @@ def report_blocked(console: Console, samples: Sequence[Sample], link: float, giv
         for title in ("blocked ms", "save ms", "gate ms", "% of a step", "step / none", "/ async_save", "/ t_ckpt"):
             table.add_column(title, justify="right")
         table.add_column("goals")
-        without = [s.step_s for s in rows if s.side == "none"]
-        step_s = statistics.median(without) if without else given.step_s
         for side in dict.fromkeys(s.side for s in rows):
             blocked = median(rows, side, "blocked_s")
             times = [f"{1000 * median(rows, side, key):.2f}" for key in ("blocked_s", "save_s", "gate_s")]

@@ -1,4 +1,4 @@
-"""Seconds from a failure to the first new step: part `recovery` of benchmarks/checkpoint.py.
+"""Seconds from a failure to the end of the first step that nobody had done: part `recovery` of checkpoint.py.
 
 Ours are `windlass drill` on a small decoder, two workers on two emulated nodes (and a spare one), a snapshot after
 every step; seconds by phase are those of the run's control log. The peers are the programs of checkpoint_peers.py with
@@ -20,6 +20,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +66,7 @@ class NotRecovered(Exception):
 
 @dataclass(frozen=True)
 class Sample:
-    """One recovery. Units: seconds from the kill to the end of the first step after it; steps."""
+    """One recovery. Units: seconds from the kill to the end of the first step not done before it; steps done again."""
 
     side: str
     round: int
@@ -144,16 +145,26 @@ def recover(side: str, number: int, folder: Path, tokens: Path, env: Mapping[str
             code = subprocess.run(
                 command, env=env, cwd=folder, stdin=subprocess.DEVNULL, stdout=out, stderr=out, timeout=RUN_S
             ).returncode
-        found = [r for r in ControlLog(run).records if r["kind"] == "recovered"] if run.exists() else []
+        records = ControlLog(run).records if run.exists() else []
     finally:
         end_mentioning(folder)
         end_nodes(memory)
         shutil.rmtree(memory, ignore_errors=True)
+    found = [r for r in records if r["kind"] == "recovered"]
     if code or len(found) != 1:
         raise NotRecovered(f"exit code {code}, {len(found)} recoveries: {tail(folder / 'output.txt')}")
     phases = {name: float(value) for name, value in found[0]["seconds"].items()}
-    total = sum(phases.values())
+    total = first_new_step(run) - next(r["time"] for r in records if r["kind"] == "struck")
     return Sample(side, number, total, total - phases.get("respawn", 0.0), found[0]["lost"], phases)
+
+
+def first_new_step(run: Path) -> float:
+    """Return when the first step ended that had not been done before the failure, in Unix seconds."""
+    entries = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines() if line.endswith("}")]
+    starts = [place for place, entry in enumerate(entries) if entry.get("event") in ("start", "resume")]
+    before = [entry["step"] for entry in entries[: starts[-1]] if "event" not in entry]
+    new = next(e for e in entries[starts[-1] :] if "event" not in e and e["step"] > max(before))
+    return datetime.fromisoformat(new["time"]).timestamp()
 
 
 # -- peers -------------------------------------------------------------------------------------------------------------
@@ -195,24 +206,29 @@ def recover_peer(side: str, number: int, folder: Path, env: Mapping[str, str]) -
         else:
             start("driver", "--what=ray-train", f"--temp={folder}", f"--steps={STEPS}")
         until(lambda: reached(lambda: (last := steps(1)) and last[-1]["step"] >= KILL_AT), RUN_S)
-        victim, others = steps(1)[-1]["pid"], {line["pid"] for line in steps(0)}
+        victim, old = steps(1)[-1]["pid"], {line["pid"] for rank in (0, 1) for line in steps(rank)}
         killed = time.time()
         os.kill(victim, 9)
         if side == "torchft":
             started["replica1"].wait()
             start("replica1", "--what=torchft", "--replica=1")
-        until(lambda: reached(lambda: any(line["pid"] != victim for line in steps(1))), RUN_S)
-        if side != "torchft":
-            until(lambda: reached(lambda: any(line["pid"] not in others for line in steps(0))), RUN_S)
-        done = max(line["step"] for line in steps(1) if line["pid"] == victim)
-        first = next(line for line in steps(1) if line["pid"] != victim)
+            old = {victim}
+
+        def after(rank: int) -> list[dict[str, Any]]:
+            """Return the steps of a rank that nobody had done when it was killed."""
+            return [line for line in steps(rank) if line["pid"] not in old and line["step"] > done()]
+
+        def done() -> int:
+            return int(max(line["step"] for line in steps(1) if line["pid"] == victim))
+
+        until(lambda: reached(lambda: after(0) and after(1)), RUN_S)
+        first = next(line for line in steps(1) if line["pid"] not in old)
+        lost = max(done() + 1 - first["step"], 0)
         if side == "torchft":
-            until(lambda: reached(lambda: steps(0)[-1]["step"] > done), RUN_S)
-            survivor = next(line for line in steps(0) if line["step"] > done)
-            seconds = first["time"] - killed
-            return Sample(side, number, seconds, seconds, 0, survivor_s=survivor["time"] - killed)
-        last = max(first["time"], next(line for line in steps(0) if line["pid"] not in others)["time"])
-        return Sample(side, number, last - killed, last - killed, max(done + 1 - first["step"], 0))
+            seconds = after(1)[0]["time"] - killed
+            return Sample(side, number, seconds, seconds, lost, survivor_s=after(0)[0]["time"] - killed)
+        seconds = max(after(rank)[0]["time"] for rank in (0, 1)) - killed
+        return Sample(side, number, seconds, seconds, lost)
     finally:
         for process in started.values():
             process.kill()
@@ -243,7 +259,8 @@ def report_recovery(console: Console, samples: Sequence[Sample]) -> list[str]:
     rows = list(samples)
     sides = list(dict.fromkeys(s.side for s in rows))
     console.print(
-        f"\nrecovery: seconds from the failure to the end of the first new step; two workers, decoders of 2.6 million "
+        f"\nrecovery: seconds from the kill to the end of the first step that had not been done before it; two "
+        f"workers, decoders of 2.6 million "
         f"parameters (preset tiny; peers: plain PyTorch of the same sizes); a new interpreter with torch takes "
         f"{interpreter_s():.2f} s here",
         highlight=False,
@@ -273,7 +290,7 @@ def report_recovery(console: Console, samples: Sequence[Sample]) -> list[str]:
         if told:
             names = list(dict.fromkeys(name for phases in told for name in phases))
             parts = (f"{name} {statistics.median(p.get(name, 0.0) for p in told):.2f}" for name in names)
-            console.print(f"{side}: {', '.join(parts)}", highlight=False)
+            console.print(f"{side}: {', '.join(parts)}, then steps done again", highlight=False)
     console.print(
         "Differences: Windlass forks new workers from a process with everything imported (recovery.fork_server; "
         "-new-interpreter is without), its state is sharded (ZeRO-2) and it goes on from memory; Ray Train starts all "

@@ -48,7 +48,7 @@ class RecoveryConfig:
         default=2,
         metadata={"help": "failures in a row without a new step that end the run: data or code is suspect", "ge": 1},
     )
-    node_failures: int = field(default=2, metadata={"help": "failures of one node that exclude it", "ge": 1})
+    node_failures: int = field(default=3, metadata={"help": "failures of one node that exclude it", "ge": 1})
     fork_server: bool = field(
         default=True,
         metadata={"help": "fork workers from a process that has imported everything, for quicker restarts"},

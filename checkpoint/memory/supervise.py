@@ -71,6 +71,8 @@ def ensure_snapshot_process(
         served = folder.read_smp()
         if served is not None and served.alive:
             return served
+        if not folder.path.exists():  # lost, or given up, meanwhile
+            raise CheckpointError(f"{folder.path} is gone: there is nothing that a snapshot process could serve")
         pause.wait(LOOK_S)
     raise CheckpointError(
         f"the snapshot process of {folder.node} did not begin to serve {folder.path} within {timeout_s:g} s. "

@@ -75,10 +75,12 @@ class Told:
         lost: int = 1,
         restarts: int | None = None,
         recoveries: int | None = None,
+        repeats: int = 0,
         exact: bool = True,
     ) -> None:
         """Assert that nothing but time was lost: the oracle. `lost`: steps that each recovery may repeat; `recoveries`:
-        how many of the restarts came to a first step (default: all).
+        how many of the restarts came to a first step (default: all); `repeats`: steps done again after restarts that
+        no controller has recorded.
 
         `exact`: bit for bit, which holds as long as the number of workers stays the same.
         """
@@ -93,7 +95,7 @@ class Told:
             self._check_same_checkpoint(undisturbed)
         failures = self.of("failure") + self.of("planned")
         assert len(self.recovered) == (len(failures) if recoveries is None else recoveries), self.said
-        assert len(self.every_step) <= self.steps + lost * len(self.recovered), "more was done again than was lost"
+        assert len(self.every_step) <= self.steps + lost * len(self.recovered) + repeats, "more was done again than was lost"
         assert all(0 <= record["lost"] <= lost for record in self.recovered), self.said
         if restarts is not None:
             assert len(failures) == restarts, self.said

@@ -52,7 +52,7 @@ def test_a_node_that_was_given_up_but_lives_on_changes_nothing(lab: Lab) -> None
         with SnapshotClient.of(live.memory(1), generation=1) as own:
             assert own.status().generation == 1, "it has not heard of the new one"
 
-    told = lab.run(strikes=[Act(5, give_up), Act(8, wake)])
+    told = lab.run(spares=1, strikes=[Act(5, give_up), Act(8, wake)])
     told.check(lab.undisturbed(), restarts=1)
     assert told.of("lost")[0]["nodes"] == ["node-1"] and len(refused) == 2
 
@@ -104,6 +104,6 @@ def test_a_snapshot_process_that_dies_while_it_is_read_from_is_replaced_and_read
         live.lose(1)
         threading.Thread(target=kill, daemon=True).start()
 
-    told = lab.run(fault="kill:train.forward:rank=1:step=6:generation=1", between={2: kill_while_read})
+    told = lab.run(spares=1, fault="kill:train.forward:rank=1:step=6:generation=1", between={2: kill_while_read})
     told.check(lab.undisturbed())
     assert {tier for _, tier in told.restored} == {"ram"}
