@@ -3,7 +3,7 @@
 #   make quickstart   set up, then train a small decoder on real text from end to end (a few minutes on two cores)
 #   make test         set up, then run the tests
 #   make check        format, lint, types, house rules, unit tests
-#   make soak         strike a small job at random for SOAK_MINUTES (5); fails at any difference
+#   make soak         the longer tests, then a small job struck at random for SOAK_MINUTES (5); fails at any difference
 #   make bench        the head-to-head benchmarks (long; ARGS="--quick" for a first look)
 #   make setup        the environment only
 #
@@ -53,6 +53,7 @@ check: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/unit
 
 soak: setup
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m soak
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.soak --minutes $(SOAK_MINUTES) $(ARGS)
 
 bench: setup

@@ -95,7 +95,9 @@ class Told:
             self._check_same_checkpoint(undisturbed)
         failures = self.of("failure") + self.of("planned")
         assert len(self.recovered) == (len(failures) if recoveries is None else recoveries), self.said
-        assert len(self.every_step) <= self.steps + lost * len(self.recovered) + repeats, "more was done again than was lost"
+        assert len(self.every_step) <= self.steps + lost * len(self.recovered) + repeats, (
+            "more was done again than was lost"
+        )
         assert all(0 <= record["lost"] <= lost for record in self.recovered), self.said
         if restarts is not None:
             assert len(failures) == restarts, self.said

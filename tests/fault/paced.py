@@ -30,8 +30,8 @@ LOOK_S = 0.01
 class Pace:
     """Stands before every step of rank 0 until the levels have what they shall have by then."""
 
-    def __init__(self, folder: NodeFolder, every: dict[str, int]) -> None:
-        self._folder, self._every = folder, every
+    def __init__(self, folder: NodeFolder, every: dict[str, int], generation: int) -> None:
+        self._folder, self._every, self._generation = folder, every, generation
 
     def __call__(self, point: str, *, rank: int, step: int) -> None:
         end = time.monotonic() + PATIENCE_S
@@ -46,9 +46,13 @@ class Pace:
             return True
         try:
             with SnapshotClient.of(self._folder) as client:
-                newest = client.status().newest
+                status = client.status()
         except CheckpointError:
             return False
+        mine = [slot for slot in status.slots if slot["generation"] == self._generation]
+        if self._generation > 1 and not any(slot["state"] == "COMMITTED" for slot in mine):
+            return False  # until the seed is protected, slots may all be taken
+        newest = status.newest
         return all(newest.get(level, -1) >= least for level, least in wanted.items())
 
 
@@ -57,7 +61,7 @@ def run(loaded: Loaded, levels: list[str]) -> int:
     config, env = loaded.config, read_process_env()
     every = {"peers": 1, "storage": config.checkpoint.every, "local": config.checkpoint.local_every}
     folder = NodeFolder(Path(config.snapshot.folder), job_of(config.train.run_dir), env.node)
-    trainer.fault = Pace(folder, {level: every[level] for level in levels})
+    trainer.fault = Pace(folder, {level: every[level] for level in levels}, env.generation)
     return work(loaded, env)
 
 

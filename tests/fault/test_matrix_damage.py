@@ -14,6 +14,8 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
+
 from tests.fault.memory_runs import Act, Lab, Live, hold, protected
 from windlass.checkpoint.store import list_checkpoints, step_name
 
@@ -135,6 +137,7 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(lab: Lab) -> Non
     assert told.restored == expected
 
 
+@pytest.mark.soak
 def test_a_damaged_file_of_the_local_level_is_rebuilt_or_passed_over(lab: Lab) -> None:
     def newest(live: Live, node: int) -> Path:
         local = Path(live.loaded.config.checkpoint.local_dir)

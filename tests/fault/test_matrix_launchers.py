@@ -27,6 +27,7 @@ def commands(lab: Lab, tmp_path: Path) -> Iterator[Commands]:
         yield commands
 
 
+@pytest.mark.soak
 def test_under_torchrun_a_killed_rank_goes_on_from_memory_and_a_killed_snapshot_process_is_replaced(
     lab: Lab, commands: Commands
 ) -> None:

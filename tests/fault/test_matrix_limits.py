@@ -119,6 +119,7 @@ def test_a_disk_that_is_too_small_for_the_last_checkpoint_leaves_the_last_step_i
         end_all(told.memory)
 
 
+@pytest.mark.soak
 def test_memory_that_others_fill_does_not_stop_training_nor_recovery(lab: Lab, mounted: Mounted) -> None:
     memory = mounted.make(32 * MIB)
     told = lab.run(
@@ -207,6 +208,7 @@ def test_jobs_that_share_a_folder_in_memory_do_not_see_each_other(lab: Lab) -> N
     check_went_on(again, lab)
 
 
+@pytest.mark.soak
 def test_what_a_dead_job_left_goes_with_its_lease_when_another_one_starts(lab: Lab) -> None:
     stopping = ["recovery.max_restarts=0", "snapshot.lease_s=100"]
     memory, fault = lab.new_memory(), "kill:train.forward:rank=1:step=2"

@@ -71,6 +71,7 @@ def commands(lab: Lab, tmp_path: Path) -> Iterator[Commands]:
         yield commands
 
 
+@pytest.mark.soak
 @pytest.mark.timeout(240)
 def test_a_link_that_is_cut_for_a_while_costs_time_and_nothing_else(lab: Lab, commands: Commands, hosts: Hosts) -> None:
     memory = lab.new_memory()

@@ -53,6 +53,7 @@ def figures(told: Told) -> list[list[object]]:
     return [[entry["step"], *(entry[key] for key in EXACT)] for entry in told.history]
 
 
+@pytest.mark.soak
 def test_a_run_goes_back_twice_and_leaves_samples_out_whatever_is_killed_on_the_way(lab: Lab, rough: Path) -> None:
     calm = run(lab, rough)
     assert (calm.code, calm.leftovers) == (0, []), calm.said

@@ -104,6 +104,7 @@ def test_while_a_snapshot_is_restored_it_is_restored_and_saved(lab: Lab) -> None
     assert told.restored in ([], [(3, "ram")])
 
 
+@pytest.mark.soak
 def test_a_signal_to_the_command_itself_is_passed_on_to_its_workers(lab: Lab, tmp_path: Path) -> None:
     with commands_of(lab, tmp_path) as commands:
         run = commands.start("launch.workers=2", steps=2000)

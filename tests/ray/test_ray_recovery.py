@@ -230,6 +230,7 @@ def test_a_spare_node_takes_the_place_of_a_lost_one(job: Job, nodes: Nodes, told
     assert f"lost {lost}" in seen.err
 
 
+@pytest.mark.soak
 def test_a_zombie_node_is_fenced_off_and_gone_at_the_end(job: Job, nodes: Nodes, told: Callable[[], Told]) -> None:
     stays, cut_off, spare = nodes.have(3)[:3]
     job.spares, job.steps, job.lease_s = 1, 100, 6.0
@@ -242,6 +243,7 @@ def test_a_zombie_node_is_fenced_off_and_gone_at_the_end(job: Job, nodes: Nodes,
     assert shown == sorted(shown) and shown[-1] == 2
 
 
+@pytest.mark.soak
 def test_without_a_spare_a_run_waits_for_a_new_node(job: Job, nodes: Nodes) -> None:
     names = nodes.have_only(2)
     job.replace_s = 25.0
@@ -266,6 +268,7 @@ def test_a_run_shrinks_when_no_node_comes_and_its_snapshot_process_is_replaced(
     assert f"snapshot process of {names[0]} replaced" in seen.err
 
 
+@pytest.mark.soak
 def test_a_node_where_nothing_answers_is_fenced_and_used_again(job: Job, nodes: Nodes) -> None:
     names = nodes.have(2)[:2]
     job.steps = 60
@@ -308,6 +311,7 @@ def test_workers_leave_a_node_that_is_drained_before_it_goes(job: Job, nodes: No
     assert len(seen.of(rank=0)) == 60, "a step was lost"
 
 
+@pytest.mark.soak
 def test_a_request_to_stop_lets_workers_save(job: Job, nodes: Nodes) -> None:
     nodes.have(2)
     job.steps = 1000
