@@ -72,6 +72,7 @@ def test_a_flipped_byte_in_memory_is_repaired_from_parity_or_passed_over(lab: La
     assert "damaged" in (told.run / "log.txt").read_text()
 
 
+@pytest.mark.soak
 def test_a_damaged_file_in_memory_is_rebuilt_from_parity(lab: Lab) -> None:
     older: dict[str, bytes] = {}
 
@@ -106,6 +107,7 @@ def test_a_damaged_file_in_memory_is_rebuilt_from_parity(lab: Lab) -> None:
     assert told.restored == [(step, "ram") for step in (3, 5, 7, 9)]
 
 
+@pytest.mark.soak
 def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(lab: Lab) -> None:
     """All memory is empty each time, and the newest checkpoint is damaged in another way."""
     expected: list[tuple[int, str]] = []

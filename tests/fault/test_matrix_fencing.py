@@ -67,6 +67,7 @@ def test_a_rank_that_hangs_is_found_by_its_silence_told_with_stacks_and_ended(la
     assert told.recovered[0]["seconds"]["detect"] < 20
 
 
+@pytest.mark.soak
 def test_a_node_that_is_lost_during_a_restore_from_parity_is_made_good_by_more_parity(lab: Lab) -> None:
     settings = ["snapshot.redundancy=reed_solomon", "snapshot.parity=2"]
     told = lab.run(
@@ -95,6 +96,7 @@ def test_a_node_that_is_lost_during_a_restore_beyond_what_parity_bears_goes_on_f
     assert told.restored[-1] == (6, STORAGE)
 
 
+@pytest.mark.soak
 def test_a_snapshot_process_that_dies_while_it_is_read_from_is_replaced_and_read_again(lab: Lab) -> None:
     def kill_while_read(live: Live) -> None:
         def kill() -> None:

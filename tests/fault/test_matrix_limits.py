@@ -142,6 +142,7 @@ def test_too_little_memory_is_said_with_what_is_needed_before_the_first_step(lab
 # -- slow --------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.soak
 def test_a_slow_link_skips_snapshots_and_counts_them_and_training_waits_at_its_own_gate_only(lab: Lab) -> None:
     sizes: list[int] = []
 
@@ -183,6 +184,7 @@ def test_storage_that_cannot_be_written_is_refused_before_anything_starts(lab: L
         check_job(load_job(lab.job, [*keys, "launch.workers=2"]), 2)
 
 
+@pytest.mark.soak
 def test_snapshots_of_another_shape_of_the_model_are_refused_by_name_and_stay(lab: Lab) -> None:
     stopping = ["recovery.max_restarts=0"]
     died = lab.run(spares=0, fault="kill:train.forward:rank=1:step=4", settings=stopping, keep=True)
@@ -197,6 +199,7 @@ def test_snapshots_of_another_shape_of_the_model_are_refused_by_name_and_stay(la
 # -- several jobs ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.soak
 def test_jobs_that_share_a_folder_in_memory_do_not_see_each_other(lab: Lab) -> None:
     stopping = ["recovery.max_restarts=0"]
     died = lab.run(spares=0, fault="kill:train.forward:rank=1:step=4", settings=stopping, keep=True)

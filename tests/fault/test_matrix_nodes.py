@@ -93,6 +93,7 @@ def test_two_nodes_of_different_groups_are_restored_from_memory_and_two_of_one_g
     assert told.restored == [(5, "ram"), (6, "storage")]
 
 
+@pytest.mark.soak
 @pytest.mark.parametrize(
     "scheme",
     [
@@ -115,6 +116,7 @@ def test_two_nodes_of_one_group_are_restored_from_memory_where_the_scheme_allows
     assert told.restored == [(5, "ram")]
 
 
+@pytest.mark.soak
 def test_all_nodes_lost_at_once_go_on_from_the_newest_checkpoint(lab: Lab) -> None:
     told = lab.run(
         spares=2,

@@ -15,6 +15,8 @@ from __future__ import annotations
 
 import shutil
 
+import pytest
+
 from tests.fault.memory_runs import Lab, Live, hold, protected
 from windlass.dist.errors import WorkerError
 
@@ -54,6 +56,7 @@ def test_all_ranks_killed_at_once_go_on_from_memory_without_reading_storage(lab:
     assert told.restored == [(6, "ram")]
 
 
+@pytest.mark.soak
 def test_a_step_that_always_fails_ends_the_run_with_a_report(lab: Lab) -> None:
     told = lab.run(fault="raise:train.backward:rank=1:step=4")
     assert told.code == WorkerError.exit_code

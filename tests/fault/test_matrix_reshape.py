@@ -44,7 +44,9 @@ def check_order(told: Told, steps: int) -> None:
     assert [entry["step"] for entry in told.every_step] == list(range(1, steps + 1)), "no step was done twice"
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "case", [name if name == "fewer workers" else pytest.param(name, marks=pytest.mark.soak) for name in CASES]
+)
 def test_state_in_memory_is_cut_anew_as_that_of_a_checkpoint_is(case: str, lab: Lab) -> None:
     before, after = CASES[case]
     died = lab.run(**shaped(before), fault="kill:train.forward:rank=1:step=4", keep=True, pace=("peers", "storage"))
@@ -68,6 +70,7 @@ def test_state_in_memory_is_cut_anew_as_that_of_a_checkpoint_is(case: str, lab: 
             assert torch.equal(mine.read(key), theirs.read(key)), key
 
 
+@pytest.mark.soak
 def test_a_run_shrinks_when_a_node_is_lost_and_grows_when_it_is_back(lab: Lab) -> None:
     def come_back(live: Live) -> None:
         machine = live.fleet._machines["node-3"]

@@ -90,6 +90,7 @@ def test_while_a_checkpoint_is_written_the_newest_step_becomes_one_too(lab: Lab)
     check_stopped(told, after=3)
 
 
+@pytest.mark.soak
 def test_between_a_failure_and_the_restart_the_snapshots_stay_for_the_next_start(lab: Lab) -> None:
     fault = "kill:train.forward:rank=1:step=4:generation=1"
     told = lab.run(fault=fault, between={2: ask}, settings=LONG)
