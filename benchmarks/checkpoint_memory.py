@@ -151,7 +151,7 @@ def write_plainly(rank: Rank, folder: Path) -> float:
     return rate
 
 
-def main() -> None:
+def measure() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--part", choices=("memory", "persist"), required=True)
     parser.add_argument("--bytes", type=int, required=True)
@@ -170,4 +170,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    measure()

@@ -188,7 +188,7 @@ def torchft_replica(given: argparse.Namespace) -> None:
             note(str(given.folder), given.replica, manager.current_step())
 
 
-def main() -> None:
+def measure() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--what", choices=("ray-train", "lighthouse", "torchft"), required=True)
     parser.add_argument("--folder", type=Path, required=True)
@@ -200,4 +200,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    measure()

@@ -53,7 +53,7 @@ def hashing(num_bytes: int) -> tuple[int, Callable[[], None]]:
     return num_bytes, work
 
 
-def main() -> None:
+def measure() -> None:
     rounds, total = int(sys.argv[1]), int(sys.argv[2])
     os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
     works: dict[str, tuple[int, Callable[[], None]]] = {}
@@ -76,4 +76,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    measure()

@@ -249,7 +249,8 @@ def _sync_folder(folder: Path) -> None:
 
 @final
 class PhaseLog:
-    """How far this rank has come in its start, for whoever measures recoveries.
+    """How far this rank has come in its start, for whoever measures recoveries. Where nobody counts generations, nobody
+    does, and nothing is written.
 
     Invariant:   never raises: reports must not stop a run
     """
@@ -260,6 +261,8 @@ class PhaseLog:
 
     def mark(self, phase: Phase, when: float | None = None, **facts: Any) -> None:
         """Report a phase as done now or at `when` (Unix seconds), with facts such as step and tier."""
+        if not self._who["generation"]:
+            return
         line = json.dumps({"phase": phase, "time": time.time() if when is None else when, **self._who, **facts}) + "\n"
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
