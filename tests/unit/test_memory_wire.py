@@ -157,6 +157,7 @@ def test_a_peer_that_does_not_read_its_answer_is_cut_off(
     until(lambda: case.refused("too slow or idle") == 1)
     until(lambda: case.server.num_connections == 0)
     peer.close()
+    assert case.server._room.free == 4 * (32 << 20), "the answer that nobody read holds no memory"
 
 
 def test_a_peer_that_leaves_in_the_middle_of_a_message_leaves_nothing_behind(case: Case) -> None:
