@@ -16,9 +16,10 @@ from typing import Any
 import torch
 
 from windlass.checkpoint.memory import pids
-from windlass.checkpoint.memory.capture import Capturer, rng_state
+from windlass.checkpoint.memory.capture import Capturer
 from windlass.checkpoint.memory.client import SnapshotClient
 from windlass.checkpoint.memory.folder import NodeFolder, list_jobs
+from windlass.checkpoint.memory.generators import freeze_rng
 from windlass.checkpoint.memory.groups import plan_groups
 from windlass.checkpoint.memory.heartbeat import Heartbeat, Phase
 from windlass.checkpoint.memory.membership import Member, Membership
@@ -124,8 +125,8 @@ class Rank:
     def snapshot(self, step: int, *, eager: bool = False) -> None:
         """Begin the snapshot of a step, as a trainer does: with the state of the random number generators."""
         self.beats.beat(Phase.STEP, step + 1)
-        facts = {"extra": {"step": step}, "rng": rng_state()}
-        if not self.capturer.snapshot(step, facts, eager=eager):
+        rng = freeze_rng()
+        if not self.capturer.snapshot(step, {"extra": {"step": step}}, eager=eager, later=lambda: {"rng": rng()}):
             raise RuntimeError(f"rank {self.rank}: the snapshot of step {step} was skipped: no slot is free")
 
     def protected(self, step: int) -> bool:

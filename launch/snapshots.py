@@ -20,7 +20,7 @@ from windlass.checkpoint.local_level import remove_local_level
 from windlass.checkpoint.memory.capture import Capturer, LocalParity, Source
 from windlass.checkpoint.memory.client import SnapshotClient
 from windlass.checkpoint.memory.folder import NodeFolder
-from windlass.checkpoint.memory.generators import rng_state
+from windlass.checkpoint.memory.generators import freeze_rng
 from windlass.checkpoint.memory.groups import num_parity, plan_groups, weaknesses
 from windlass.checkpoint.memory.heartbeat import Heartbeat, Phase
 from windlass.checkpoint.memory.membership import Member, Membership
@@ -263,7 +263,8 @@ class Snapshots:
 
     def _snapshot(self, step: int, facts: Mapping[str, Any], *, eager: bool) -> None:
         began = time.perf_counter()
-        if self.capturer.snapshot(step, {"extra": dict(facts), "rng": rng_state()}, eager=eager):
+        rng = freeze_rng()
+        if self.capturer.snapshot(step, {"extra": dict(facts)}, eager=eager, later=lambda: {"rng": rng()}):
             self._final = step
         self._blocked_s += time.perf_counter() - began
 

@@ -1,6 +1,6 @@
 """Takes snapshots of a rank: copies its state into a slot of its node's memory while forward and backward run.
 
-    snapshot(s)  after update s: what changes during forward goes into the slot's header, a thread copies the rest
+    snapshot(s)  after update s: what changes during forward is taken aside, a thread copies the rest into a slot
     gate()       before update s+1: the only wait, for this rank's own copy
 
 State that may move or change before the gate (`Source.movable`) is copied before `snapshot` returns. A process killed
@@ -14,7 +14,7 @@ Source: Maurya et al. 2024 (DataStates), arXiv:2406.10707, section 4; parity of 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -23,7 +23,6 @@ import torch
 from windlass.checkpoint.frames import frames_of
 from windlass.checkpoint.memory.copier import Copier, Fill, Spans
 from windlass.checkpoint.memory.folder import NodeFolder
-from windlass.checkpoint.memory.generators import rng_state, set_rng_state
 from windlass.checkpoint.memory.layout import Layout
 from windlass.checkpoint.memory.moves import (
     Move,
@@ -54,8 +53,6 @@ from windlass.dist.device import Device
 from windlass.dist.env import fault
 from windlass.dist.errors import CheckpointError, PlanError, WindlassError
 from windlass.dist.state import Piece
-
-__all__ = ["Capturer", "Counters", "LocalParity", "Source", "rng_state", "set_rng_state"]
 
 GATE_S = 600.0  # far beyond any copy: the watchdog of the node acts earlier
 
@@ -229,17 +226,23 @@ class Capturer:
 
     @property
     def counters(self) -> Counters:
-        return replace(self._counters, bytes=self._copier.num_bytes if self._copier is not None else 0)
+        counted, copier = self._counters, self._copier
+        if copier is None:
+            return replace(counted)
+        late = copier.turned_away
+        return replace(counted, taken=counted.taken - late, skipped=counted.skipped + late, bytes=copier.num_bytes)
 
     # -- snapshots ---------------------------------------------------------------------------------------------------
 
     def ready(self) -> bool:
         """Tell whether a snapshot could be taken now: a slot is free, and none waits for its gate."""
+        return self._idle() and len(self._picks()) == len(self._segments)
+
+    def _idle(self) -> bool:
         fill = self._under_way
         if fill is not None and fill.done.is_set() and fill.error is None:  # a failure is for the gate to raise
             self._under_way = None
-        idle = self._copier is not None and self._under_way is None
-        return idle and len(self._picks()) == len(self._segments)
+        return self._copier is not None and self._under_way is None
 
     def skip(self) -> None:
         """Count a snapshot that was due but not taken."""
@@ -249,16 +252,20 @@ class Capturer:
         found = (pick_slot(segment, self._header.generation) for segment in self._segments)
         return [pick for pick in found if pick is not None]
 
-    def snapshot(self, step: int, facts: dict[str, Any], eager: bool = False) -> bool:
+    def snapshot(
+        self, step: int, facts: dict[str, Any], eager: bool = False, later: Callable[[], dict[str, Any]] = dict
+    ) -> bool:
         """Begin the snapshot of `step`, with `facts` (JSON) as they are now; False if it was skipped.
 
-        Invariant: until `gate` has returned, the caller does not change the state
+        `later` returns more facts, of now too, that are worth working out beside training; called once, by any thread.
+
+        Invariant: until `gate` has returned, the caller changes neither the state nor `facts`
         Blocks: host, while state is copied that is movable, or if `eager`; never for anybody else
         """
         began = time.perf_counter()
         fault("snapshot.begin", rank=self.rank, step=step)
         self._last_step = step
-        fill = self._claim(step, facts) if self.ready() else None
+        fill = self._claim(step, lambda: facts | later()) if self._idle() else None
         if fill is None or self._copier is None:
             self.skip()
             return False
@@ -266,16 +273,16 @@ class Capturer:
             fault("snapshot.eager", rank=self.rank, step=step)
             fill.after = self._device.mark()
             if eager or self._source.movable:
-                self._copier.fill(fill, self._one_by_one())
+                copied = self._copier.fill(fill, self._one_by_one())
                 self._counters.eager_s += time.perf_counter() - began
             else:
-                self._under_way = fill
+                self._under_way, copied = fill, True
                 self._copier.begin(fill, self._at_rest)
         except BaseException:
             fill.give_up()
             raise
         self._counters.taken += 1
-        return True
+        return copied
 
     def gate(self) -> float:
         """Wait until the state may change; return the seconds waited.
@@ -305,18 +312,19 @@ class Capturer:
             ) from fill.error
         return waited
 
-    def _claim(self, step: int, facts: dict[str, Any]) -> Fill | None:
-        fill = Fill(step)
-        for segment, (slot, sequence) in zip(self._segments, self._picks(), strict=True):
-            header = replace(self._header, step=step, facts=facts, sequence=sequence)
-            if segment.role == "parity":
-                header = replace(header, role="parity", layout="", num_bytes=segment.slot_bytes, facts={})
-            begun = slot.claim() and slot.write(header, wait_s=0)
-            if not begun:  # somebody else is writing this very slot: he is not waited for
-                slot.release()
-                fill.give_up()
+    def _claim(self, step: int, facts: Callable[[], dict[str, Any]]) -> Fill | None:
+        """Take a free slot of every segment for a step; None if there is none. What it will hold is written later."""
+        fill, picks = Fill(step, facts), self._picks()
+        if len(picks) < len(self._segments):
+            return None
+        for slot, sequence in picks:
+            if not slot.claim():  # another process of this rank, however old, is quicker
+                fill.release()
                 return None
-            fill.slots.append((slot, replace(header, sequence=sequence + 1)))
+            header = replace(self._header, step=step, sequence=sequence)
+            if slot.segment.role == PARITY:
+                header = replace(header, role=PARITY, layout="", num_bytes=slot.segment.slot_bytes)
+            fill.slots.append((slot, header))
         return fill
 
     # -- what is copied ----------------------------------------------------------------------------------------------

@@ -23,6 +23,8 @@ from windlass.dist.device import Device
 from windlass.dist.env import fault
 from windlass.dist.errors import CheckpointError
 
+HEADER_S = 1.0  # what another writer of a header may take
+
 
 class Spans(Protocol):
     """What is needed of a tracer."""
@@ -32,9 +34,10 @@ class Spans(Protocol):
 
 @dataclass
 class Fill:
-    """One snapshot on its way into its slots."""
+    """One snapshot on its way into its slots, which are claimed for it."""
 
     step: int
+    facts: Callable[[], dict[str, Any]]  # worked out when everything else is there
     slots: list[tuple[Slot, SlotHeader]] = field(default_factory=list)  # parity first: whole data means all is whole
     after: Any = None  # the mark of the device behind the update
     done: threading.Event = field(default_factory=threading.Event)
@@ -73,6 +76,7 @@ class Copier:
         tracer: Spans | None = None,
     ) -> None:
         self.num_bytes = 0  # copied so far
+        self.turned_away = 0  # fills that found a slot busy
         self._rank, self._device, self._pace, self._gaps, self._tracer = rank, device, pace, gaps, tracer
         # Parity is made on the host, of bytes that pass through page-locked memory.
         staged = staging_bytes if device.kind != "cpu" else 0
@@ -104,11 +108,15 @@ class Copier:
                 fill.give_up()
             fill.done.set()
 
-    def fill(self, fill: Fill, todo: Iterable[Stretch]) -> None:
-        """Copy everything now, then say so: first of the parity, then of the data.
+    def fill(self, fill: Fill, todo: Iterable[Stretch]) -> bool:
+        """Say what is copied, copy it, then say so: first of the parity, then of the data. False if a slot is busy.
 
         Blocks: host
         """
+        if not self._mark_filling(fill):
+            self.turned_away += 1
+            fill.give_up()
+            return False
         if fill.data.index not in self._cleared:  # gaps hold zeros, so parity is the same whoever makes it
             self._cleared.add(fill.data.index)
             for low, high in self._gaps:
@@ -130,14 +138,26 @@ class Copier:
             self.num_bytes += size
             self._pace.spend(size)
         fault("snapshot.filled", rank=self._rank, step=fill.step)
+        facts = fill.facts()
         for slot, header in fill.slots:
             slot.progress = header.num_bytes
-            if not slot.write(replace(header, state=State.COPIED)):
+            told = facts if slot is fill.data else {}
+            if not slot.write(replace(header, state=State.COPIED, facts=told)):
                 raise CheckpointError(
                     f"rank {self._rank}: somebody else wrote slot {slot.index} of {slot.segment.path} while it was "
                     f"filled with step {fill.step}. Is an older process of this rank alive?"
                 )
         fill.release()
+        return True
+
+    def _mark_filling(self, fill: Fill) -> bool:
+        """Write the headers that say that the slots are being filled; False if one has changed since it was picked, or
+        somebody else is writing one."""
+        for place, (slot, header) in enumerate(fill.slots):
+            if not slot.write(header, wait_s=HEADER_S):
+                return False
+            fill.slots[place] = slot, replace(header, sequence=header.sequence + 1)
+        return True
 
     def _on_host(self, source: torch.Tensor, after: Any) -> np.ndarray:
         if source.device.type == "cpu":

@@ -8,6 +8,7 @@ from __future__ import annotations
 import base64
 import random
 import zlib
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -16,23 +17,30 @@ import torch
 from windlass.dist.errors import CheckpointError
 
 
-def rng_state() -> dict[str, Any]:
-    """Return the state of every random generator of this process, as JSON."""
-    version, words, gauss = random.getstate()
-    kind, keys, position, has_gauss, cached = np.random.get_state()
-    state: dict[str, Any] = {
-        "python": [version, _text(np.array(words, "<u4")), gauss],
-        "numpy": [kind, _text(np.asarray(keys, "<u4")), int(position), int(has_gauss), float(cached)],
-        "torch": _text(torch.get_rng_state().numpy()),
-    }
-    module = torch.get_device_module()
-    if torch.accelerator.is_available() and module.is_initialized():
-        state["accelerator"] = _text(module.get_rng_state().numpy())
-    return state
+def freeze_rng() -> Callable[[], dict[str, Any]]:
+    """Take the state of every random generator of this process now; what is returned tells it as JSON, at leisure.
+
+    Taking it costs some ten microseconds, telling it half a millisecond.
+    """
+    (version, words, gauss), (kind, keys, *rest) = random.getstate(), np.random.get_state()
+    module, of_torch = torch.get_device_module(), torch.get_rng_state()
+    used = torch.accelerator.is_available() and module.is_initialized()
+    accelerator = module.get_rng_state() if used else None
+
+    def tell() -> dict[str, Any]:
+        position, has_gauss, cached = rest
+        state: dict[str, Any] = {
+            "python": [version, _text(np.array(words, "<u4")), gauss],
+            "numpy": [kind, _text(np.asarray(keys, "<u4")), int(position), int(has_gauss), float(cached)],
+            "torch": _text(of_torch.numpy()),
+        }
+        return state if accelerator is None else state | {"accelerator": _text(accelerator.numpy())}
+
+    return tell
 
 
 def set_rng_state(state: dict[str, Any]) -> None:
-    """Make every random generator of this process go on from what `rng_state` returned.
+    """Make every random generator of this process go on from what `freeze_rng` tells.
 
     Raises: CheckpointError if it is no such state
     """

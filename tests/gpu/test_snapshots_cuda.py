@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from tests.snapshot_state import HeldState, capturer, hashed, mixed_tensors, same, slots, whole_steps
-from windlass.checkpoint.memory.generators import rng_state, set_rng_state
+from windlass.checkpoint.memory.generators import freeze_rng, set_rng_state
 from windlass.dist.device import pick_device
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
@@ -52,7 +52,7 @@ def test_parity_made_of_state_on_the_device_is_that_of_state_on_the_host(tmp_pat
 def test_the_generator_of_the_device_goes_on_from_a_snapshot():
     device = pick_device("cuda", 0).torch_device
     torch.rand(5, device=device)
-    state = rng_state()
+    state = freeze_rng()()
     first = torch.rand(5, device=device)
     set_rng_state(state)
     assert "accelerator" in state and torch.equal(torch.rand(5, device=device), first)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from dataclasses import replace
 
 import numpy as np
@@ -10,6 +11,7 @@ import torch
 
 from tests.snapshot_state import JOB, HeldState, capturer, hashed, mixed_tensors, same, slots, whole_steps
 from tests.waiting import until
+from windlass.checkpoint.memory import copier
 from windlass.checkpoint.memory import folder as folder_module
 from windlass.checkpoint.memory.folder import NodeFolder
 from windlass.checkpoint.memory.segment import State, parity_hashes, segment_bytes
@@ -21,6 +23,11 @@ FACTS = {"step": 1, "cursor": {"consumed": 96}, "loss": 0.1}
 
 def flat(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {key: tensor.reshape(-1).clone() for key, tensor in tensors.items()}
+
+
+def whole_headers(taker):
+    """Return the steps of the slots that are filled."""
+    return [header.step for slot in slots(taker.folder) if (header := slot.header()) and header.state == State.COPIED]
 
 
 # -- what is taken -----------------------------------------------------------------------------------------------------
@@ -72,6 +79,7 @@ def test_the_gate_waits_for_the_copy_and_for_nothing_else(tmp_path):
     taker = capturer(tmp_path, source, link_bytes_per_s=2e6)
     slot = slots(taker.folder)[0]
     assert taker.snapshot(1, {})
+    until(lambda: slot.header() is not None)
     half = slot.header()
     assert half is not None and half.state == State.FILLING and slot.progress < half.num_bytes
     assert not taker.ready()  # one at a time
@@ -115,14 +123,35 @@ def test_without_a_free_slot_a_snapshot_is_skipped_counted_and_waits_for_nobody(
     taker.close()
 
 
-def test_a_slot_that_somebody_is_writing_is_not_waited_for(tmp_path):
+@pytest.mark.parametrize("eager", [False, True])
+def test_training_does_not_wait_for_a_slot_that_somebody_is_writing(tmp_path, monkeypatch, eager):
+    monkeypatch.setattr(copier, "HEADER_S", 0.05)
     taker = capturer(tmp_path, HeldState(mixed_tensors()))
     slot = slots(taker.folder)[0]
     with slot._alone(0.0) as alone:
         assert alone
-        assert not taker.snapshot(1, {})
-    assert taker.counters.skipped == 1 and slot.header() is None
-    assert taker.snapshot(2, {})
+        assert taker.snapshot(1, {}, eager=eager) != eager  # lazily it turns out later
+        until(lambda: taker.counters.skipped == 1)
+        assert taker.gate() == 0.0 or not eager
+    assert slot.header() is None and taker.counters.taken == 0
+    assert taker.snapshot(2, {}, eager=eager) and taker.gate() >= 0
+    assert taker.counters.taken == 1 and sorted(whole_headers(taker)) == [2]
+    taker.close()
+
+
+def test_facts_that_are_worked_out_later_are_of_the_moment_the_snapshot_was_taken(tmp_path):
+    source = HeldState(mixed_tensors())
+    taker, threads = capturer(tmp_path, source), list[str]()
+
+    def later():
+        threads.append(threading.current_thread().name)
+        return {"drawn": 7}
+
+    assert taker.snapshot(1, {"step": 1}, later=later)
+    taker.gate()
+    assert threads == ["snapshot of rank 0"]
+    header = slots(taker.folder)[0].header()
+    assert header is not None and header.facts == {"step": 1, "drawn": 7}
     taker.close()
 
 

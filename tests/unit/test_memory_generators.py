@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from windlass.checkpoint.memory.generators import rng_state, set_rng_state
+from windlass.checkpoint.memory.generators import freeze_rng, set_rng_state
 from windlass.dist.errors import CheckpointError
 
 
@@ -20,7 +20,7 @@ def draw() -> list[float]:
 def test_random_generators_go_on_where_the_snapshot_was_taken():
     random.seed(1), np.random.seed(2), torch.manual_seed(3)
     draw()
-    state = json.loads(json.dumps(rng_state()))
+    state = json.loads(json.dumps(freeze_rng()()))
     first = draw() + draw()
     set_rng_state(state)
     assert draw() + draw() == first
@@ -28,7 +28,7 @@ def test_random_generators_go_on_where_the_snapshot_was_taken():
 
 @pytest.mark.parametrize("damage", [{"python": [3, "ab", None]}, {"torch": "zz"}, {"numpy": None}])
 def test_a_damaged_state_of_random_generators_is_refused(damage):
-    before = rng_state()
+    before = freeze_rng()()
     with pytest.raises(CheckpointError, match="random generators"):
         set_rng_state({**before, **damage})
     set_rng_state(before)
