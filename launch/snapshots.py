@@ -79,7 +79,6 @@ class Snapshots:
         self._watch = SnapshotWatch(self.folder, self.client, supervise=self._alone, first=self.speaks)
         self._watch.start()
         self._blocked_s = 0.0
-        self._final = 0  # the step of the last snapshot
 
     # -- joining -----------------------------------------------------------------------------------------------------
 
@@ -264,8 +263,7 @@ class Snapshots:
     def _snapshot(self, step: int, facts: Mapping[str, Any], *, eager: bool) -> None:
         began = time.perf_counter()
         rng = freeze_rng()
-        if self.capturer.snapshot(step, {"extra": dict(facts)}, eager=eager, later=lambda: {"rng": rng()}):
-            self._final = step
+        self.capturer.snapshot(step, {"extra": dict(facts)}, eager=eager, later=lambda: {"rng": rng()})
         self._blocked_s += time.perf_counter() - began
 
     def gate(self) -> None:
@@ -304,11 +302,11 @@ class Snapshots:
         """
         began = time.monotonic()
         until = began + deadline_s
-        if self._final != step:
+        self.capturer.gate()
+        if self.capturer.newest != step:
             while not self.capturer.ready() and time.monotonic() < until:
                 time.sleep(0.01)
             self._snapshot(step, facts, eager=True)
-        self.capturer.gate()
 
         def wait() -> list[Any]:
             if self._world.rank != 0:
@@ -332,7 +330,9 @@ class Snapshots:
         Raises:      CheckpointError if it cannot be said: then they stay for their lease
         """
         if self._world.rank == 0:
-            ControlLog(Path(self._config.train.run_dir), self.generation).append("complete", step=self._final)
+            ControlLog(Path(self._config.train.run_dir), self.generation).append(
+                "complete", step=self.capturer.newest or 0
+            )
         if self._alone and self.speaks:
             self._watch.stop()
             try:
@@ -360,9 +360,11 @@ class Snapshots:
     def close(self) -> None:
         """Let go of the memory; the snapshots stay where they are."""
         self._watch.stop()
+        newest = None
         if self._capturer is not None:
+            newest = self._capturer.newest
             self._capturer.close()
-        self.beats.beat(Phase.DONE, self._final)
+        self.beats.beat(Phase.DONE, newest or 0)
         self.client.close()
         faulthandler.unregister(signal.SIGUSR1)
         self._stacks.close()

@@ -102,11 +102,6 @@ def go_on_from_drives(config: JobConfig, engine: Restorable, world: Peers, extra
     return Progress(extra["step"], extra["consumed"], extra["tokens"], where, 0.0, [], changed, on_drives=True)
 
 
-def step_of(checkpoint: Place) -> int:
-    """Return the step that a checkpoint holds."""
-    return read_manifest(checkpoint).step
-
-
 def start_values(config: JobConfig, model: BlockModel, stack: ExitStack) -> Fill:
     """Return what gives parameters their first values: a Hugging Face folder, or streams keyed by parameter name."""
     if config.model.hf_folder:

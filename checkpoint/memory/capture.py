@@ -157,7 +157,8 @@ class Capturer:
         self._stretches: list[Stretch] | None = None
         self._copier: Copier | None = None
         self._under_way: Fill | None = None
-        self._last_step = 0
+        self._last: Fill | None = None
+        self._last_step = 0  # that a snapshot was asked for
         self._lazy = 0  # snapshots copied beside training
 
     # -- room --------------------------------------------------------------------------------------------------------
@@ -234,6 +235,11 @@ class Capturer:
 
     # -- snapshots ---------------------------------------------------------------------------------------------------
 
+    @property
+    def newest(self) -> int | None:
+        """The step of the last snapshot, if it is copied: None before the gate, and where its slot was busy."""
+        return self._last.step if self._last is not None and self._last.copied else None
+
     def ready(self) -> bool:
         """Tell whether a snapshot could be taken now: a slot is free, and none waits for its gate."""
         return self._idle() and len(self._picks()) == len(self._segments)
@@ -269,6 +275,7 @@ class Capturer:
         if fill is None or self._copier is None:
             self.skip()
             return False
+        self._last = fill
         try:
             fault("snapshot.eager", rank=self.rank, step=step)
             fill.after = self._device.mark()

@@ -42,6 +42,7 @@ class Fill:
     after: Any = None  # the mark of the device behind the update
     done: threading.Event = field(default_factory=threading.Event)
     error: Exception | None = None
+    copied: bool = False
 
     @property
     def data(self) -> Slot:
@@ -148,6 +149,7 @@ class Copier:
                     f"filled with step {fill.step}. Is an older process of this rank alive?"
                 )
         fill.release()
+        fill.copied = True
         return True
 
     def _mark_filling(self, fill: Fill) -> bool:

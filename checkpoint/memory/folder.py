@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from windlass.checkpoint.memory.heartbeat import is_alive, read_heartbeat
+from windlass.checkpoint.memory.heartbeat import is_alive
 from windlass.checkpoint.memory.layout import Layout
 from windlass.dist.errors import CheckpointError
 
@@ -349,22 +349,3 @@ def list_jobs(base: Path) -> list[NodeFolder]:
         for node in sorted(_entries(job))
         if node.is_dir() and _NAME.fullmatch(job.name) and _NAME.fullmatch(node.name)
     ]
-
-
-def collect_garbage(base: Path, lease_s: float) -> list[NodeFolder]:
-    """Remove the folders that nobody has needed for `lease_s` and that no living process serves or trains in.
-
-    Return them.
-    """
-    garbage = [folder for folder in list_jobs(base) if is_garbage(folder, lease_s)]
-    for folder in garbage:
-        folder.remove()
-    return garbage
-
-
-def is_garbage(folder: NodeFolder, lease_s: float) -> bool:
-    """Tell whether nobody has needed a folder for `lease_s`, and no living process serves or trains in it."""
-    process = folder.read_smp()
-    beats = [read_heartbeat(path) for path in folder.beating().values()]
-    alive = (process is not None and process.alive) or any(b and is_alive(b.pid, b.started) for b in beats)
-    return not alive and folder.lease_age_s() > lease_s

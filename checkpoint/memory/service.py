@@ -20,7 +20,8 @@ from typing import Any
 from windlass.checkpoint.local_level import remove_local_level
 from windlass.checkpoint.memory.drive import Drive
 from windlass.checkpoint.memory.duty import Duty
-from windlass.checkpoint.memory.folder import NodeFolder, SnapshotProcess, is_garbage, list_jobs
+from windlass.checkpoint.memory.folder import NodeFolder, SnapshotProcess
+from windlass.checkpoint.memory.garbage import collect_garbage
 from windlass.checkpoint.memory.hashing import Hasher
 from windlass.checkpoint.memory.header import State
 from windlass.checkpoint.memory.heartbeat import is_alive, process_started, read_heartbeat
@@ -293,13 +294,9 @@ class Service:
 
     def _collect_garbage(self) -> None:
         """Remove what dead jobs have left on this machine, each after its own lease."""
-        for folder in list_jobs(self.folder.base):
-            try:
-                if folder != self.folder and is_garbage(folder, Settings.read_from(folder).lease_s):
-                    folder.remove()
-                    log(f"job {folder.job}, {folder.node}: its lease is over and nobody is left: removed")
-            except (CheckpointError, OSError) as error:  # it is none of ours
-                log(f"job {folder.job}, {folder.node}: {error}")
+        for folder, error in collect_garbage(self.folder.base, spared=self.folder):
+            what = "its lease is over and nobody is left: removed" if error is None else str(error)
+            log(f"job {folder.job}, {folder.node}: {what}")
 
     def _touch(self) -> None:
         self._touched = time.monotonic()

@@ -91,19 +91,15 @@ def gc_command(
     stop: Annotated[bool, typer.Option("--stop", help="End the snapshot processes of the run first.")] = False,
 ) -> None:
     from windlass.checkpoint.local_level import remove_local_level
-    from windlass.checkpoint.memory.folder import is_garbage, list_jobs
-    from windlass.checkpoint.memory.settings import Settings
+    from windlass.checkpoint.memory.garbage import collect_garbage
     from windlass.dist.errors import CheckpointError
     from windlass.launch.node_memory import stop_process, trainers_of
 
     if run is None:
-        for folder in list_jobs(base):
-            try:
-                if is_garbage(folder, Settings.read_from(folder).lease_s if lease_s is None else lease_s):
-                    folder.remove()
-                    typer.echo(f"removed {folder.path}")
-            except CheckpointError as error:  # the others' leases are over all the same
-                typer.echo(f"{folder.path} stays: {error}", err=True)
+        for folder, error in collect_garbage(base, lease_s):
+            typer.echo(
+                f"removed {folder.path}" if error is None else f"{folder.path} stays: {error}", err=error is not None
+            )
         return
     folders = _folders(run, base)
     for folder in folders:

@@ -133,9 +133,9 @@ def test_training_does_not_wait_for_a_slot_that_somebody_is_writing(tmp_path, mo
         assert taker.snapshot(1, {}, eager=eager) != eager  # lazily it turns out later
         until(lambda: taker.counters.skipped == 1)
         assert taker.gate() == 0.0 or not eager
-    assert slot.header() is None and taker.counters.taken == 0
+    assert slot.header() is None and taker.counters.taken == 0 and taker.newest is None
     assert taker.snapshot(2, {}, eager=eager) and taker.gate() >= 0
-    assert taker.counters.taken == 1 and sorted(whole_headers(taker)) == [2]
+    assert taker.newest == 2 and taker.counters.taken == 1 and sorted(whole_headers(taker)) == [2]
     taker.close()
 
 
@@ -292,6 +292,7 @@ def test_a_gate_that_never_opens_says_who_and_how_far(tmp_path, monkeypatch):
 def test_a_slot_that_somebody_else_wrote_meanwhile_is_not_said_to_be_whole(tmp_path):
     taker = capturer(tmp_path, HeldState({"model.w": torch.ones(1 << 16)}), link_bytes_per_s=2e6)
     taker.snapshot(1, {})
+    until(lambda: slots(taker.folder)[0].header() is not None)
     assert slots(taker.folder)[0].free()
     with pytest.raises(CheckpointError, match="somebody else wrote slot 0"):
         taker.gate()

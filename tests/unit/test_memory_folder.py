@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from windlass.checkpoint.memory import folder as module
-from windlass.checkpoint.memory.folder import NodeFolder, SnapshotProcess, collect_garbage, list_jobs
+from windlass.checkpoint.memory.folder import NodeFolder, SnapshotProcess, list_jobs
+from windlass.checkpoint.memory.garbage import collect_garbage
 from windlass.checkpoint.memory.heartbeat import Heartbeat, process_started
 from windlass.checkpoint.memory.layout import Layout
 from windlass.checkpoint.memory.segment import Segment
@@ -179,31 +180,31 @@ def test_a_folder_that_nobody_needs_any_more_is_collected(tmp_path, folder):
     pid, started = dead_process()
     folder.write_smp(SnapshotProcess(pid, started, "127.0.0.1", 1))
     old_lease(folder)
-    assert collect_garbage(tmp_path, lease_s=60.0) == [folder]
+    assert list(collect_garbage(tmp_path, lease_s=60.0)) == [(folder, None)]
     assert not folder.path.exists()
 
 
 def test_a_folder_whose_lease_runs_is_kept(tmp_path, folder):
     folder.touch_lease()
-    assert collect_garbage(tmp_path, lease_s=60.0) == [] and folder.path.exists()
+    assert list(collect_garbage(tmp_path, lease_s=60.0)) == [] and folder.path.exists()
 
 
 def test_a_folder_just_made_is_kept_before_its_first_lease(tmp_path, folder):
     assert not folder.lease_path.exists()
-    assert collect_garbage(tmp_path, lease_s=60.0) == [] and folder.path.exists()
+    assert list(collect_garbage(tmp_path, lease_s=60.0)) == [] and folder.path.exists()
 
 
 def test_a_folder_that_a_living_process_serves_is_kept_however_old_its_lease(tmp_path, folder):
     folder.write_smp(SnapshotProcess(os.getpid(), process_started(os.getpid()) or 0, "127.0.0.1", 1))
     old_lease(folder)
-    assert collect_garbage(tmp_path, lease_s=0.0) == [] and folder.path.exists()
+    assert list(collect_garbage(tmp_path, lease_s=0.0)) == [] and folder.path.exists()
 
 
 def test_a_folder_in_which_a_rank_still_beats_is_kept(tmp_path, folder):
     Heartbeat(folder.beat_path(5), 1)
     old_lease(folder)
     assert folder.beating() == {5: folder.beat_path(5)}
-    assert collect_garbage(tmp_path, lease_s=0.0) == [] and folder.path.exists()
+    assert list(collect_garbage(tmp_path, lease_s=0.0)) == [] and folder.path.exists()
 
 
 def test_the_snapshot_process_needs_no_torch():
