@@ -21,7 +21,7 @@ from windlass.checkpoint.memory.capture import Capturer, LocalParity, Source
 from windlass.checkpoint.memory.client import SnapshotClient
 from windlass.checkpoint.memory.folder import NodeFolder
 from windlass.checkpoint.memory.generators import freeze_rng
-from windlass.checkpoint.memory.groups import num_parity, plan_groups, weaknesses
+from windlass.checkpoint.memory.groups import cross_units, num_parity, plan_groups, weaknesses
 from windlass.checkpoint.memory.heartbeat import Heartbeat, Phase
 from windlass.checkpoint.memory.membership import Member, Membership
 from windlass.checkpoint.memory.settings import Settings
@@ -149,7 +149,7 @@ class Snapshots:
         nodes, snapshot = self.seats.nodes, config.snapshot
         domains = dict(zip(nodes, self.seats.domains, strict=True))
         replicas = sorted({tuple(r) for r in world.gather_objects(list(engine.replicas))})
-        local = snapshot.redundancy == "xor" and all(len({nodes[r] for r in ranks}) > 1 for ranks in replicas)
+        local = snapshot.redundancy == "xor" and cross_units(replicas, nodes, domains)
         groups = plan_groups(
             nodes,
             domains,

@@ -36,6 +36,12 @@ def failure_units(nodes: Sequence[str], domains: Mapping[str, str]) -> list[str]
     return found if len(set(found)) > 1 else list(nodes)
 
 
+def cross_units(sets: Iterable[Sequence[int]], nodes: Sequence[str], domains: Mapping[str, str]) -> bool:
+    """Tell whether each of these sets of ranks is spread over several units, so that its members can protect it."""
+    units = failure_units(nodes, domains)
+    return all(len({units[rank] for rank in ranks}) > 1 for ranks in sets)
+
+
 def plan_groups(
     nodes: Sequence[str],
     domains: Mapping[str, str],

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from windlass.checkpoint.memory.groups import memory_factor, num_parity, plan_groups, weaknesses
+from windlass.checkpoint.memory.groups import cross_units, memory_factor, num_parity, plan_groups, weaknesses
 from windlass.checkpoint.memory.membership import Member, Membership
 from windlass.checkpoint.memory.pace import Pace
 from windlass.dist.errors import CheckpointError, PlanError
@@ -214,3 +214,12 @@ def test_threads_share_the_rate() -> None:
 
 def test_no_limit_is_no_wait() -> None:
     assert Pace().spend(1 << 40) == 0.0
+
+
+def test_replicas_of_one_rack_cannot_protect_each_other():
+    racks = {"node-0": "r1", "node-1": "r1", "node-2": "r2", "node-3": "r2"}
+    nodes = nodes_of(1, 1, 1, 1)
+    assert not cross_units([(0, 1), (2, 3)], nodes, racks)
+    assert cross_units([(0, 2), (1, 3)], nodes, racks)
+    assert cross_units([(0, 1), (2, 3)], nodes, {})  # without racks nodes count
+    assert weaknesses(plan_groups(nodes, racks, "xor"), nodes, racks, "xor", 1) == []
