@@ -1,9 +1,8 @@
 """A worker as in `windlass.launch.worker`, whose steps are long compared with protecting a snapshot, as real ones are.
 
-Rank 0 begins a step only when the snapshot of the step before the last one is protected on all nodes, and the last one
-is where else the command line says ("storage", "local"); it does not wait for ever. What a failure
-costs then follows from where it strikes, and not from how busy the machine of the tests is. The door "step" is where it
-waits; everything else is the product.
+Rank 0 begins a step only when the snapshot of the one before is where the command line says: "peers" (protected on all
+nodes), "storage", "local"; it does not wait for ever. What a failure costs then follows from where it strikes, and not
+from how busy the machine of the tests is. The door "step" is where it waits; everything else is the product.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from windlass.launch.job import Loaded
 from windlass.launch.signals import hold_signals
 from windlass.launch.worker import work
 
-PATIENCE_S = 4.0  # a snapshot process that was killed is there again by then
+PATIENCE_S = 8.0  # a snapshot process that was killed is there again by then
 LOOK_S = 0.01
 
 
@@ -40,7 +39,7 @@ class Pace:
         fault(point, rank=rank, step=step)
 
     def _kept(self, step: int) -> bool:
-        wanted = {level: (step - (2 if level == "peers" else 1)) // n * n for level, n in self._every.items()}
+        wanted = {level: (step - 1) // n * n for level, n in self._every.items()}
         wanted = {level: least for level, least in wanted.items() if least > 0}
         if not wanted:
             return True

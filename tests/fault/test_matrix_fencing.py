@@ -63,7 +63,7 @@ def test_a_rank_that_hangs_is_found_by_its_silence_told_with_stacks_and_ended(la
     [failure] = told.of("failure")
     assert failure["what"] == "hang" and "stopped by a signal" in failure["message"]
     stacks = (told.run / "stacks" / "gen-1-rank-0.txt").read_text()
-    assert "train_step" in stacks, "the one that waited has written where"
+    assert "launch/trainer.py" in stacks, "the one that waited has written where"
     assert told.recovered[0]["seconds"]["detect"] < 20
 
 

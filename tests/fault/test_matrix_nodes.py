@@ -60,7 +60,9 @@ def test_a_node_lost_at_any_moment_costs_at_most_the_step_that_was_not_protected
         between={3: lambda live: live.lose(2)},
     )
     told.check(lab.undisturbed(), lost=1, restarts=5)
-    assert told.restored == [(step, "ram") for step in (2, 3, 5, 8, 10)]
+    # Of step 6 the parity on node-0 may be made before node-3, whose own is never made, is lost: then it counts.
+    assert told.restored[2] in [(5, "ram"), (6, "ram")]
+    assert [*told.restored[:2], *told.restored[3:]] == [(step, "ram") for step in (2, 3, 8, 10)]
     assert [record["nodes"] for record in told.of("lost")] == [[f"node-{number}"] for number in range(1, 6)]
 
 

@@ -29,7 +29,12 @@ def protected_again(live: Live) -> None:
 
 
 @pytest.mark.parametrize(
-    "moments", [("smp.checksum", "smp.encode"), ("smp.encoded", "smp.vote"), ("smp.commit", "smp.freed")], ids=" ".join
+    "moments",
+    [
+        pytest.param(("smp.checksum", "smp.encode"), id="hashing"),
+        pytest.param(("smp.encoded", "smp.vote"), id="voting", marks=pytest.mark.soak),
+        pytest.param(("smp.commit", "smp.freed"), id="committing", marks=pytest.mark.soak),
+    ],
 )
 def test_training_goes_on_while_snapshot_processes_are_killed_at_work(lab: Lab, moments: tuple[str, str]) -> None:
     first, second = moments

@@ -89,7 +89,11 @@ def runs(tokens: Path, tmp_path: Path) -> Runs:
 
 @pytest.mark.parametrize(
     ("workers", "fault"),
-    [(1, "kill:nvme.write:step=63"), (1, "kill:nvme.commit:step=3"), (2, "kill:nvme.write:rank=1:step=33")],
+    [
+        pytest.param(1, "kill:nvme.write:step=63", marks=pytest.mark.soak),
+        pytest.param(1, "kill:nvme.commit:step=3", marks=pytest.mark.soak),
+        (2, "kill:nvme.write:rank=1:step=33"),
+    ],
 )
 def test_a_run_killed_at_a_transfer_goes_on_from_the_last_whole_step_as_if_nothing_had_been(
     runs: Runs, workers: int, fault: str
