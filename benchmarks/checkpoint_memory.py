@@ -2,7 +2,8 @@
 
 `memory`: nodes with one rank each take snapshots one after the other, with XOR parity, while what every node holds is
 sampled: the files of its folder, and what its snapshot process takes beside them. `persist`: one node writes a
-protected snapshot to disk, in turns with a plain loop that writes the same bytes out of the same memory and syncs.
+protected snapshot to disk, in turns with a plain loop that writes the same bytes out of the same memory and syncs; the
+drive is at rest before each turn.
 
 Not meant to be started by hand: see benchmarks/checkpoint.py.
 """
@@ -20,6 +21,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from checkpoint_ours import Held, Rank, files_bytes, make_state, own_bytes, until
 from ranks import Reporter
@@ -30,6 +32,9 @@ from windlass.checkpoint.policy import SnapshotConfig
 
 LOOK_S = 0.02
 WAIT_S = 120.0
+SETTLE_S = 0.2
+EXTRA_BYTES = 64 << 20
+PAGE = 4096
 PIECE = 8 << 20
 
 
@@ -108,47 +113,59 @@ def measure_memory(given: argparse.Namespace, num_nodes: int) -> dict[str, Any]:
 
 def measure_persist(given: argparse.Namespace) -> list[dict[str, float]]:
     """Return the bytes per second of both ways, by round."""
-    settings = Settings(mode="lazy", every=10**9, storage=str(given.folder / "checkpoints"), keep=0)
+    target, plain = given.folder / "checkpoints", given.folder / "plain.bin"
+    settings = Settings(mode="lazy", every=10**9, storage=str(target), keep=0)
     found = []
     with nodes_of(given.memory / "persist", 1, given.bytes, SnapshotConfig(every=1), settings) as ranks:
         rank = ranks[0]
         for step in range(1, given.rounds + 2):
             snapshot(ranks, step)
             until(partial(rank.protected, step), WAIT_S)
-            ways = {"windlass": partial(flush, rank, step), "plain": partial(write_plainly, rank, given.folder)}
+            ways = {"windlass": partial(flush, rank, step, target), "plain": partial(write_plainly, rank, step, plain)}
             order = ways if step % 2 else reversed(ways)
             rates = {name: ways[name]() for name in order}
             if step > 1:  # the first one finds folders and files to be made, and code to be read
                 found.append(rates)
-            for old in sorted((given.folder / "checkpoints").glob("step-*"))[:-2]:  # as snapshots would, but not timed
-                shutil.rmtree(old)
     return found
 
 
-def flush(rank: Rank, step: int) -> float:
+def settle(old: Sequence[Path], num_bytes: int) -> None:
+    """Remove what a way wrote before, wait until the drive has nothing to do, and have free memory at hand: so neither
+    way pays for what the other one left to be written or freed, nor for memory that a virtual machine has to ask for.
+    """
+    for path in old:
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    os.sync()
+    time.sleep(SETTLE_S)  # freed blocks are told to the drive after that
+    np.empty(num_bytes + EXTRA_BYTES, np.uint8)[::PAGE] = 1
+
+
+def flush(rank: Rank, step: int, target: Path) -> float:
     """Return the bytes per second of making a step durable, as whoever asks for it sees it."""
+    settle(sorted(target.glob("step-*"))[:-1], rank.capturer.layout.num_bytes)
     began = time.perf_counter()
     done = rank.client.flush(WAIT_S, at_least=step)
+    seconds = time.perf_counter() - began
     assert done.step == step
-    return rank.capturer.layout.num_bytes / (time.perf_counter() - began)
+    return rank.capturer.layout.num_bytes / seconds
 
 
-def write_plainly(rank: Rank, folder: Path) -> float:
-    """Return the bytes per second of a sequential writer with one fsync."""
+def write_plainly(rank: Rank, step: int, path: Path) -> float:
+    """Return the bytes per second of a sequential writer of the same memory with one fsync."""
+    settle([path] if path.exists() else [], rank.capturer.layout.num_bytes)
     file = next(file for file in rank.folder.segments() if file.role == "data")
-    segment, path = Segment.open(file.path), folder / "plain.bin"
-    num_bytes = rank.capturer.layout.num_bytes
-    data = segment.slots[0].data[:num_bytes]
+    segment, num_bytes = Segment.open(file.path), rank.capturer.layout.num_bytes
+    slot = next(slot for slot in segment.slots if (header := slot.header()) is not None and header.step == step)
+    data = slot.data[:num_bytes]
     began = time.perf_counter()
     with path.open("wb", buffering=0) as out:
         for low in range(0, num_bytes, PIECE):
             out.write(data[low : low + PIECE].data)
         os.fsync(out.fileno())
-    rate = num_bytes / (time.perf_counter() - began)
-    path.unlink()
-    del data
+    seconds = time.perf_counter() - began
+    del data, slot
     segment.close()
-    return rate
+    return num_bytes / seconds
 
 
 def measure() -> None:

@@ -15,8 +15,9 @@ import secrets
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import xxhash
 
@@ -26,7 +27,7 @@ Place = Path | str  # a folder, or a URL such as s3://bucket/run
 Buffer = bytes | bytearray | memoryview
 SYNC_FILE_RANGE_WRITE = 2
 READ_BYTES = 4 << 20
-START_BYTES = 16 << 20  # written before the drive is asked to begin
+START_BYTES = 8 << 20  # written before the drive is asked to begin
 MOST_PARTS = 512  # of one system call; Linux takes 1024
 
 
@@ -264,9 +265,14 @@ class LocalStorage:
         return disk.f_bavail * disk.f_frsize
 
 
+@cache
+def _sync_file_range() -> Any:
+    return getattr(ctypes.CDLL(None), "sync_file_range", None)
+
+
 def _start_writing(file: int, offset: int, num_bytes: int) -> None:
     """Ask the system to begin to write a range of a file to the drive, where it can be asked (Linux)."""
-    ask = getattr(ctypes.CDLL(None), "sync_file_range", None)
+    ask = _sync_file_range()
     if ask is not None:
         ask(file, ctypes.c_int64(offset), ctypes.c_int64(num_bytes), SYNC_FILE_RANGE_WRITE)
 

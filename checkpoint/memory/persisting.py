@@ -22,7 +22,6 @@ from windlass.checkpoint.memory.votes import NOTHING
 from windlass.checkpoint.memory.writing import LEVELS, Writing
 from windlass.dist.errors import CheckpointError
 
-POLL_S = 0.05
 RETRY_S = 0.2
 ATTEMPTS = 3
 TOLD_S = 10.0  # whoever asks now and then has seen a problem by then
@@ -178,7 +177,7 @@ class Persisting:
         step, rows, waiting = fields["step"], {}, list(self.peers.nodes)
         end = time.monotonic() + LONGEST_S
         while waiting:
-            for node in list(waiting):
+            for node in list(waiting):  # one that is still writing answers late, so nothing is to be waited for here
                 answer, payload = self._patiently(node, "persist_poll", fields)
                 if not answer["known"]:
                     return None
@@ -187,10 +186,10 @@ class Persisting:
                 if answer["done"]:
                     rows[node] = json.loads(bytes(payload))
                     waiting.remove(node)
+                if waiting and self._stopped.is_set():
+                    raise CheckpointError(f"step {step} was given up: a new generation began")
             if time.monotonic() > end:
                 raise CheckpointError(f"step {step} was not written within {LONGEST_S:g} s: waiting for {waiting}")
-            if waiting and self._stopped.wait(POLL_S):
-                raise CheckpointError(f"step {step} was given up: a new generation began")
         return rows
 
     def _forget(self, fields: dict[str, Any]) -> None:

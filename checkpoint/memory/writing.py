@@ -20,6 +20,7 @@ from windlass.checkpoint.memory.stripes import DATA, PARITY
 from windlass.dist.errors import CheckpointError
 
 LEVELS = (STORAGE, LOCAL)
+ANSWER_S = 0.05  # how long a leader that asks waits for the end; it asks nodes in turn, and hears as late of a problem
 
 
 class Persister(Protocol):
@@ -63,7 +64,7 @@ class Persister(Protocol):
 class _Task:
     asked: str
     temporary: str
-    thread: threading.Thread | None = None
+    ended: threading.Event = field(default_factory=threading.Event)
     rows: dict[str, Any] = field(default_factory=dict)
     problem: str = ""
 
@@ -94,15 +95,15 @@ class Writing:
             known = self._tasks.get((level, step))
             if known is not None and known.asked == temporary:
                 return {}
-            if known is not None and _runs(known):
+            if known is not None and not known.ended.is_set():
                 raise CheckpointError(
                     f"node {self.node} is still writing step {step}, for an attempt that was given up"
                 )
-            task = self._tasks[level, step] = _Task(temporary, temporary)
-            task.thread = threading.Thread(
+            task = _Task(temporary, temporary)
+            threading.Thread(
                 target=self._write, args=(level, step, task), name=f"snapshot-{level}", daemon=True
-            )
-            task.thread.start()
+            ).start()
+            self._tasks[level, step] = task
             return {}
 
     def _write(self, level: str, step: int, task: _Task) -> None:
@@ -123,6 +124,8 @@ class Writing:
         except Exception as error:
             task.problem = f"node {self.node}: {type(error).__name__}: {error}"
             self._log(f"writing step {step} to {level} failed: {task.problem}")
+        finally:
+            task.ended.set()
 
     def _of(self, step: int, role: str) -> dict[int, Slot]:
         at = (self.membership.generation, step)
@@ -133,12 +136,15 @@ class Writing:
         }
 
     def poll(self, level: str, step: int) -> tuple[dict[str, Any], bytes | None]:
-        """Say how far a step is: `done` with `rows`, or a `problem`; not `known` to a process that was
-        started since."""
+        """Say how far a step is, as soon as it has ended: `done` with `rows`, or a `problem`; not `known` to a process
+        that was started since.
+
+        Blocks: host, at most ANSWER_S
+        """
         task = self._tasks.get((level, step))
         if task is None:
             return {"known": False}, None
-        done = not _runs(task)
+        done = task.ended.wait(ANSWER_S)
         rows = json.dumps(task.rows).encode() if done else None  # as payload: a row may be of megabytes
         return {"known": True, "done": done, "problem": task.problem if done else ""}, rows
 
@@ -147,7 +153,7 @@ class Writing:
         generation = self.membership.generation
         with self._lock:
             task = self._tasks.get((LOCAL, step))
-            if task is None or _runs(task) or task.problem:
+            if task is None or not task.ended.is_set() or task.problem:
                 raise CheckpointError(f"node {self.node} has not written step {step} to its drives")
             if task.temporary:
                 place = self.persister.commit(
@@ -161,13 +167,9 @@ class Writing:
         """Drop what is known of a step that is done or given up; local files that do not count yet go with it."""
         with self._lock:
             task = self._tasks.get((level, step))
-            if task is None or _runs(task):
+            if task is None or not task.ended.is_set():
                 return {}
             del self._tasks[level, step]
         if level == LOCAL and task.temporary:
             self.persister.abandon(level, task.temporary)
         return {}
-
-
-def _runs(task: _Task) -> bool:
-    return task.thread is not None and task.thread.is_alive()

@@ -1,0 +1,106 @@
+"""A node's part in making a step durable: a leader that asks is answered at the end, not a while after it."""
+
+import threading
+import time
+from contextlib import nullcontext
+
+import pytest
+
+from windlass.checkpoint.memory import writing as writing_module
+from windlass.checkpoint.memory.membership import Member, Membership
+from windlass.checkpoint.memory.writing import LOCAL, STORAGE, Writing
+from windlass.dist.errors import CheckpointError
+
+
+class NoSlots:
+    """Holds nothing: the node has no rank to write."""
+
+    def pinned(self, generation, step):
+        return nullcontext()
+
+    def held(self, role):
+        return []
+
+
+class Gated:
+    """A persister that writes until it is told to go on."""
+
+    def __init__(self):
+        self.go, self.error, self.abandoned = threading.Event(), None, []
+
+    def begin(self, level, step, generation, membership):
+        return "local-folder"
+
+    def prepare(self, *args):
+        assert self.go.wait(30)
+        if self.error is not None:
+            raise self.error
+        return {"num_bytes": 7}
+
+    def abandon(self, level, temporary):
+        self.abandoned.append((level, temporary))
+
+
+@pytest.fixture
+def persister():
+    gated = Gated()
+    yield gated
+    gated.go.set()
+
+
+@pytest.fixture
+def writing(persister):
+    member = Member(0, "node-0", "node-0", "", 0, "", 8)
+    membership = Membership("a" * 16, 1, 1, "none", 1, ((0,),), (member,), local_parity=False, chunk_bytes=256)
+    return Writing(membership, "node-1", NoSlots(), persister, lambda line: None)
+
+
+@pytest.fixture(autouse=True)
+def no_members_here(monkeypatch):
+    monkeypatch.setattr(Membership, "by_node", {"node-1": ()})
+
+
+def until_done(writing, level, step):
+    while not (found := writing.poll(level, step))[0]["done"]:
+        pass
+    return found
+
+
+def test_a_question_is_answered_as_soon_as_the_step_is_written(writing, persister, monkeypatch):
+    monkeypatch.setattr(writing_module, "ANSWER_S", 60.0)
+    writing.start(STORAGE, 1, "t")
+    threading.Timer(0.1, persister.go.set).start()
+    asked = time.monotonic()
+    assert writing.poll(STORAGE, 1) == ({"known": True, "done": True, "problem": ""}, b'{"num_bytes": 7}')
+    assert time.monotonic() - asked < 30
+
+
+def test_a_question_is_answered_in_time_while_the_step_is_written(writing):
+    writing.start(STORAGE, 1, "t")
+    assert writing.poll(STORAGE, 1) == ({"known": True, "done": False, "problem": ""}, None)
+    assert writing.poll(STORAGE, 2) == ({"known": False}, None)
+
+
+def test_a_step_that_is_still_written_cannot_be_begun_again_committed_or_forgotten(writing, persister):
+    writing.start(LOCAL, 1, "t")
+    assert writing.start(LOCAL, 1, "t") == {}  # the same attempt, asked twice
+    with pytest.raises(CheckpointError, match="still writing step 1"):
+        writing.start(LOCAL, 1, "another")
+    with pytest.raises(CheckpointError, match="has not written step 1"):
+        writing.commit_local(1)
+    writing.forget(LOCAL, 1)
+    assert writing.poll(LOCAL, 1)[0]["known"]
+    persister.go.set()
+    until_done(writing, LOCAL, 1)
+    writing.forget(LOCAL, 1)
+    assert not writing.poll(LOCAL, 1)[0]["known"] and persister.abandoned == [(LOCAL, "local-folder")]
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device", "/full"), RuntimeError("a surprise")])
+def test_a_problem_is_told_with_the_node(writing, persister, error):
+    persister.error = error
+    writing.start(STORAGE, 1, "t")
+    persister.go.set()
+    answer, _ = until_done(writing, STORAGE, 1)
+    assert "node-1" in answer["problem"] and str(error) in answer["problem"]
+    writing.start(STORAGE, 1, "again")  # another attempt may follow
