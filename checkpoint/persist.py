@@ -122,13 +122,14 @@ class Persister:
                     texts = {digest: text for digest in layouts if (text := self._text_of(digest)) is not None}
                     num_bytes = self.local.prepare(temporary, pairs, membership.dump(), texts, self._pace, self._fault)
                 return {"num_bytes": num_bytes, "ranks": {}, "extra": {}}
-            if self.storage.renames and temporary not in self.storage.names():
+            try:  # and not a look into the listing first, which a network file system may have from earlier
+                told = {str(rank): self._write(temporary, slot, headers[rank]) for rank, slot in sorted(data.items())}
+                self.storage.sync(temporary)
+            except FileNotFoundError as error:
                 raise CheckpointError(
-                    f"the folder {temporary} was made on the leader's node but cannot be seen on node {self.node}: "
+                    f"the folder {temporary} was made on the leader's node but is not there on node {self.node}: "
                     "checkpoints must be on a file system that all nodes share, or at a checkpoint.url"
-                )
-            told = {str(rank): self._write(temporary, slot, headers[rank]) for rank, slot in sorted(data.items())}
-            self.storage.sync(temporary)
+                ) from error
         files = [rank["file"] for rank in told.values() if rank["file"] is not None]
         extra = headers[0].facts.get("extra", {}) if 0 in headers else {}
         return {"num_bytes": sum(file[1] for file in files), "ranks": told, "extra": extra}

@@ -119,7 +119,7 @@ class Persisting:
             del self._running[level]
             if done is not None:
                 self._saved[level] = done
-                self.folder.replace(self._path, json.dumps({k: vars(v) for k, v in self._saved.items()}).encode())
+                self._remember()
                 if began - self._failed_at > TOLD_S:
                     self._publish(problem="")
                 else:
@@ -129,6 +129,13 @@ class Persisting:
                 self._failed[level, step] = (self._failed_at, problem)
                 self._log(f"step {step} could not be written to {level}: {problem}")
                 self._publish(problem=f"step {step} could not be written to {level}: {problem}")
+
+    def _remember(self) -> None:
+        """Note what is durable, for the next process of this node, which would else write it once more."""
+        try:
+            self.folder.replace(self._path, json.dumps({k: vars(v) for k, v in self._saved.items()}).encode())
+        except OSError as error:  # memory is full: nobody shall wait for a note
+            self._log(f"{self._path} could not be written: {error}")
 
     def _two_phases(self, level: str, step: int) -> tuple[str, int] | None:
         """Write one step once; return where it is and its bytes, None if a node's process was replaced meanwhile."""
@@ -215,17 +222,18 @@ class Persisting:
         if at_least > NOTHING:
             self.term.wait_committed(at_least, deadline_s)
         with self.term.changed:
-            step = self.term.decree.watermark
-            if step <= NOTHING:
+            wanted = step = self.term.decree.watermark
+            if wanted <= NOTHING:
                 raise CheckpointError(f"flush: no step of generation {self.term.generation} is committed yet")
             while True:
                 done = self._saved.get(STORAGE)
-                if done is not None and done.step >= step:
+                if done is not None and done.step >= wanted:
                     return done
                 when, why = self._failed.get((STORAGE, step), (0.0, ""))
                 if when > asked:
                     raise CheckpointError(why)
                 if STORAGE not in self._running:
+                    step = self.term.decree.watermark  # the one before may have been freed meanwhile
                     self._start(STORAGE, step)
                 if not self.term.changed.wait(max(end - time.monotonic(), 0.0)) and time.monotonic() >= end:
                     silent = ", ".join(self.peers.silent()) or "the storage"

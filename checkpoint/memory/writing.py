@@ -6,6 +6,7 @@ Must not know: which steps are due, the other nodes, how files look (persist.py)
 from __future__ import annotations
 
 import json
+import re
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -20,6 +21,7 @@ from windlass.checkpoint.memory.stripes import DATA, PARITY
 from windlass.dist.errors import CheckpointError
 
 LEVELS = (STORAGE, LOCAL)
+_NAME = re.compile(r"\.?\w[\w.-]*")  # of a folder inside the target
 ANSWER_S = 0.05  # how long a leader that asks waits for the end; it asks nodes in turn, and hears as late of a problem
 
 
@@ -63,7 +65,7 @@ class Persister(Protocol):
 @dataclass
 class _Task:
     asked: str
-    temporary: str
+    temporary: str  # what is removed if nothing comes of it: "" where that is not this node's, or does not exist yet
     ended: threading.Event = field(default_factory=threading.Event)
     rows: dict[str, Any] = field(default_factory=dict)
     problem: str = ""
@@ -89,8 +91,10 @@ class Writing:
         """Begin to write a step. A request that came twice changes nothing: `temporary` names the attempt.
 
         Blocks: no
-        Raises: CheckpointError while an attempt that was given up is still being written
+        Raises: CheckpointError while an attempt that was given up is still being written, or if this is no request
         """
+        if level not in LEVELS or not _NAME.fullmatch(temporary):  # it will be written to, and perhaps removed
+            raise CheckpointError(f"node {self.node}: nothing is written to level {level!r}, folder {temporary!r}")
         with self._lock:
             known = self._tasks.get((level, step))
             if known is not None and known.asked == temporary:
@@ -99,7 +103,7 @@ class Writing:
                 raise CheckpointError(
                     f"node {self.node} is still writing step {step}, for an attempt that was given up"
                 )
-            task = _Task(temporary, temporary)
+            task = _Task(temporary, "" if level == LOCAL else temporary)
             threading.Thread(
                 target=self._write, args=(level, step, task), name=f"snapshot-{level}", daemon=True
             ).start()

@@ -339,6 +339,15 @@ def test_a_step_that_a_rank_did_not_write_is_not_published(tmp_path):
     assert not (tmp_path / "c" / temporary).exists() and steps_at(tmp_path / "c") == []
 
 
+def test_a_folder_that_another_node_does_not_see_is_told_with_what_to_do(tmp_path):
+    nodes = nodes_with(tmp_path, some_state(), tmp_path / "c")
+    nodes.hold(1)
+    temporary = nodes.begin(1)
+    (tmp_path / "c" / temporary).rename(tmp_path / "elsewhere")
+    with pytest.raises(CheckpointError, match=r"is not there on node node-1: .* all nodes share, or .*checkpoint.url"):
+        nodes.prepare(1, temporary, "node-1")
+
+
 def test_rows_pass_through_json(tmp_path):
     nodes = nodes_with(tmp_path, some_state(), tmp_path / "c")
     nodes.hold(1)

@@ -104,3 +104,24 @@ def test_a_problem_is_told_with_the_node(writing, persister, error):
     answer, _ = until_done(writing, STORAGE, 1)
     assert "node-1" in answer["problem"] and str(error) in answer["problem"]
     writing.start(STORAGE, 1, "again")  # another attempt may follow
+
+
+@pytest.mark.parametrize(
+    ("level", "temporary"),
+    [(LOCAL, "/home"), (STORAGE, "../c"), (STORAGE, ".."), (STORAGE, "a/b"), (STORAGE, ""), ("tape", "t")],
+)
+def test_what_is_no_folder_in_a_level_is_refused(writing, persister, level, temporary):
+    with pytest.raises(CheckpointError, match="nothing is written to level"):
+        writing.start(level, 1, temporary)
+    assert writing.forget(level, 1) == {} and persister.abandoned == []
+
+
+def test_only_a_folder_that_this_node_has_made_is_removed(writing, persister, monkeypatch):
+    def no_room(*args):
+        raise CheckpointError("no room")
+
+    monkeypatch.setattr(persister, "begin", no_room)
+    writing.start(LOCAL, 1, "attempt-1")
+    assert "no room" in until_done(writing, LOCAL, 1)[0]["problem"]
+    writing.forget(LOCAL, 1)
+    assert persister.abandoned == []
