@@ -21,6 +21,7 @@ from windlass.checkpoint.storage import Storage, read_file
 from windlass.dist.errors import CheckpointError
 
 _NAME = re.compile(r"\.generation-(\d{8,})\.json")
+LOOKS = 10  # for the newest mark: each that fails means that a newer generation has begun meanwhile
 
 
 @dataclass(frozen=True)
@@ -47,16 +48,29 @@ class Fence:
 
 
 def read_fence(root: Storage) -> Fence:
-    """Return the newest mark."""
-    found = [(int(match[1]), name) for name in root.names() if (match := _NAME.fullmatch(name))]
-    if not found:
-        return Fence()
-    generation, name = max(found)
-    known: Mapping[str, str] | None = None
-    with contextlib.suppress(ValueError, KeyError, TypeError):  # a damaged mark: see Fence
-        body = json.loads(read_file(root, name))
-        known = body["checkpoints"] if body["xxh3"] == _seal(generation, body["checkpoints"]) else None
-    return Fence(generation, known)
+    """Return the newest mark.
+
+    Raises: CheckpointError if one is listed that is not there; OSError
+    """
+    name = ""
+    for _ in range(LOOKS):
+        found = [(int(match[1]), name) for name in root.names() if (match := _NAME.fullmatch(name))]
+        if not found:
+            return Fence()
+        generation, name = max(found)
+        with contextlib.suppress(FileNotFoundError):  # a newer one has taken its place
+            return Fence(generation, _known(generation, read_file(root, name)))
+    raise CheckpointError(f"{root.place} lists {name}, which is not there. Start again, or remove it by its name")
+
+
+def _known(generation: int, text: bytes) -> Mapping[str, str] | None:
+    """Return the checkpoints that a mark names; None if it is damaged: see Fence."""
+    try:
+        body = json.loads(text)
+        known: Mapping[str, str] = body["checkpoints"]
+        return known if body["xxh3"] == _seal(generation, known) else None
+    except (ValueError, KeyError, TypeError):
+        return None
 
 
 def raise_fence(root: Storage, generation: int, known: Mapping[str, str]) -> None:

@@ -25,7 +25,7 @@ import numpy as np
 import xxhash
 
 from windlass.checkpoint.archives import BATCH_BYTES, Checked
-from windlass.checkpoint.memory.folder import NodeFolder
+from windlass.checkpoint.memory.folder import NodeFolder, is_name, is_own
 from windlass.checkpoint.memory.header import SlotHeader
 from windlass.checkpoint.memory.pace import Pace
 from windlass.checkpoint.memory.segment import Segment, Slot
@@ -184,6 +184,15 @@ class LocalLevel:
         self.root.remove(name)
 
 
+def list_local_levels(base: Path, job: str, local_dir: Path | str) -> list[LocalLevel]:
+    """Return what the nodes of a job have on a drive of this machine, also those with no folder in memory any more."""
+    folder = Path(local_dir) / job
+    names = LocalStorage(folder).names() if is_own(folder) else []
+    return [
+        LocalLevel(NodeFolder(base, job, name), local_dir) for name in names if is_name(name) and is_own(folder / name)
+    ]
+
+
 def remove_local_level(node: NodeFolder) -> Path | None:
     """Remove what a node keeps on its drive of a run that needs it no more; return the folder, None if there is none.
 
@@ -191,7 +200,7 @@ def remove_local_level(node: NodeFolder) -> Path | None:
     """
     local_dir = Settings.read_from(node).local_dir
     level = LocalLevel(node, local_dir) if local_dir else None
-    if level is None or not level.folder.is_dir():
+    if level is None or not is_own(level.folder.parent) or not is_own(level.folder):  # or a link that others made
         return None
     level.remove()
     return level.folder

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from windlass.dist.control_group import memory_limit
 from windlass.dist.errors import ConfigError, OffloadError
 
 # Dense matrix peak of one device, FLOP/s without sparsity, from the vendors' data sheets: (bf16/fp16, fp32 vector).
@@ -215,11 +216,7 @@ def available_host_bytes() -> int:
 def host_bytes() -> int:
     """Return the memory this process may use: the host's, or less when a control group limits it."""
     total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    for file in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
-        text = Path(file).read_text().strip() if os.path.exists(file) else "max"
-        if text.isdigit():
-            total = min(total, int(text))
-    return total
+    return min(total, memory_limit() or total)
 
 
 @lru_cache(maxsize=4)

@@ -7,19 +7,19 @@ from __future__ import annotations
 
 import contextlib
 import json
-import shutil
 import signal
 import threading
 from pathlib import Path
 from queue import SimpleQueue
 from typing import final
 
-from windlass.checkpoint.local_level import remove_local_level
+from windlass.checkpoint.local_level import list_local_levels, remove_local_level
 from windlass.checkpoint.memory import pids
 from windlass.checkpoint.memory.client import SnapshotClient
 from windlass.checkpoint.memory.fencing import fence
 from windlass.checkpoint.memory.folder import NodeFolder, list_jobs
 from windlass.checkpoint.memory.heartbeat import is_alive, read_heartbeat
+from windlass.checkpoint.memory.settings import Settings
 from windlass.checkpoint.memory.supervise import Supervisor, ensure_snapshot_process
 from windlass.dist.errors import CheckpointError
 from windlass.launch.failure import Failure
@@ -45,6 +45,14 @@ def stop_process(folder: NodeFolder) -> int:
         return 0
     pids.kill([(served.pid, served.started)], KILL_S)
     return served.pid
+
+
+def _remove(folder: NodeFolder) -> None:
+    """Remove all that a node has of a run that is complete."""
+    stop_process(folder)
+    with contextlib.suppress(OSError, CheckpointError):  # what stays on the drive is ignored by another run
+        remove_local_level(folder)
+    folder.remove()
 
 
 def forget_another_run(folder: NodeFolder, token: str) -> bool:
@@ -80,6 +88,7 @@ class NodeMemory:
         self._supervisor = Supervisor(folder, host=host)
         self._news: SimpleQueue[str] = SimpleQueue()
         self._left = threading.Event()
+        self._local_dir = ""  # of the run that has ended well
         self._keeper: threading.Thread | None = None
 
     def fence(self, generation: int) -> None:
@@ -149,17 +158,31 @@ class NodeMemory:
         self.leave()
         if not ok and self.folder.segments():
             return
-        stop_process(self.folder)
-        with contextlib.suppress(OSError, CheckpointError):  # what stays on the drive is ignored by another run
-            remove_local_level(self.folder)
-        self.folder.remove()
+        if ok:
+            with contextlib.suppress(CheckpointError):
+                self._local_dir = Settings.read_from(self.folder).local_dir
+            _remove(self.folder)
+        else:
+            stop_process(self.folder)
+            self.folder.remove()
 
     def release_others(self) -> None:
-        """Do the same for nodes that an earlier launch of this job had on this machine and this one has not."""
-        for folder in list_jobs(self.folder.base):
-            if folder.job == self.folder.job:
-                stop_process(folder)
-                folder.remove()
+        """Do the same, after a good end, for nodes that an earlier launch of this job had on this machine and this one
+        has not, whether or not there is still something in memory that says where their drives are.
+        """
+        base, job = self.folder.base, self.folder.job
+        for folder in list_jobs(base):
+            if folder.job == job:
+                _remove(folder)
+        if self._local_dir:
+            self._clear_drive(self._local_dir)
+
+    def _clear_drive(self, local_dir: Path | str, node: str = "") -> None:
+        """Remove what the nodes of this job, or this one, have on the drive of this machine."""
+        for level in list_local_levels(self.folder.base, self.folder.job, local_dir):
+            if node in ("", level.node.node):
+                with contextlib.suppress(OSError):  # what stays is ignored by another run
+                    level.remove()
 
     def kill(self) -> int:
         """Kill the snapshot process, as a drill, and return its number; 0 if there was none."""
@@ -171,7 +194,7 @@ class NodeMemory:
         stop_process(self.folder)
         self.folder.remove()
         if local_dir is not None:
-            shutil.rmtree(local_dir / self.folder.job / self.folder.node, ignore_errors=True)
+            self._clear_drive(local_dir, self.folder.node)
 
     def leave(self) -> None:
         """Look after it no longer, as if the node could not be reached."""

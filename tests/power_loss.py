@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import os
 import random
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -62,10 +63,14 @@ class Recorder:
 
     def _open(self, real: Any, path: Any, flags: int, *args: Any, dir_fd: int | None = None, **options: Any) -> int:
         found = self.below(path, dir_fd) if isinstance(path, (str, Path)) else None
+        unnamed = found is not None and flags & os.O_TMPFILE == os.O_TMPFILE
         making = found is not None and flags & os.O_CREAT and not found.exists()
-        if making:
+        if making or unnamed:
             self.room(found)
         number: int = real(path, flags, *args, dir_fd=dir_fd, **options)
+        if found is not None and unnamed:
+            found /= f"unnamed {len(self.log)}"
+            self.log.append(("unnamed", found))
         if making:
             self.log.append(("create", found))
         if found is not None:
@@ -126,16 +131,17 @@ class Recorder:
         if found is not None:
             self.log.append(("mkdir", found))
 
-    def _two(self, name: str, real: Any, old: Any, new: Any) -> None:
-        found = self.below(old)
+    def _two(self, name: str, real: Any, old: Any, new: Any, **options: Any) -> None:
+        by_number = re.fullmatch(r"/proc/self/fd/(\d+)", str(old))
+        found = self.files.get(int(by_number[1])) if by_number else self.below(old)
         if found is not None and (name == "link" or self.once or self.full_after is None):
             self.room(new)
-        real(old, new)
+        real(old, new, **options)
         if found is not None:
             self.log.append((name, found, Path(new)))
 
-    def _link(self, real: Any, old: Any, new: Any) -> None:
-        self._two("link", real, old, new)
+    def _link(self, real: Any, old: Any, new: Any, **options: Any) -> None:
+        self._two("link", real, old, new, **options)
 
     def _rename(self, real: Any, old: Any, new: Any) -> None:
         self._two("rename", real, old, new)
@@ -172,6 +178,7 @@ class Disk:
     def __init__(self, base: Path) -> None:
         self.base = base
         self.nodes: list[_Node] = []
+        self.unnamed: dict[Path, int] = {}  # files that no folder has yet
         self.root = self._taken_in(base)
 
     def _taken_in(self, path: Path) -> int:
@@ -188,6 +195,8 @@ class Disk:
 
     def find(self, path: Path) -> int:
         """Return the number of what lies at a path when nothing is lost."""
+        if path in self.unnamed:
+            return self.unnamed[path]
         number = self.root
         for name in path.relative_to(self.base).parts:
             number = _names(self.nodes[number].changes)[name]
@@ -204,7 +213,10 @@ class Disk:
             self.nodes[self.find(path)].changes.append(op[:1] + op[2:])
             return
         folder = self.nodes[self.find(path.parent)].changes
-        if kind in ("create", "mkdir"):
+        if kind == "unnamed":
+            self.nodes.append(_Node(False))
+            self.unnamed[path] = len(self.nodes) - 1
+        elif kind in ("create", "mkdir"):
             self.nodes.append(_Node(kind == "mkdir"))
             folder.append(("add", path.name, len(self.nodes) - 1))
         elif kind == "unlink":

@@ -6,7 +6,6 @@ Must not know: torch, networks, who writes them (local_level.py knows how they l
 from __future__ import annotations
 
 import contextlib
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,13 +20,14 @@ from windlass.dist.errors import CheckpointError
 
 
 class Drive:
-    """The local level of one node; nothing is open until somebody asks. Any thread."""
+    """The local level of one node. Any thread.
+
+    Invariant: nothing is open between two calls, so a step that is removed gives its room back
+    """
 
     def __init__(self, folder: NodeFolder, local_dir: str) -> None:
         self.local_dir = local_dir
         self._level = LocalLevel(folder, local_dir) if local_dir else None
-        self._open: dict[tuple[Path, int], Segment] = {}  # by inode too: a step may be written anew
-        self._lock = threading.Lock()
 
     def steps(self) -> list[LocalStep]:
         """Return the complete steps, newest first."""
@@ -39,42 +39,27 @@ class Drive:
                 for (role, rank), path in step.segments().items():
                     yield step, role, rank, path
 
-    def _segment(self, path: Path) -> Segment:
-        key = (path, path.stat().st_ino)
-        if key not in self._open:
-            self._open[key] = Segment.open(path)
-        return self._open[key]
-
     def inventory(self) -> list[SlotHeader | dict[str, Any]]:
         """Return what every segment holds; for one that cannot be read, why not."""
         out: list[SlotHeader | dict[str, Any]] = []
-        with self._lock:
-            for step, role, rank, path in self._segments():
-                known = {"tier": "local", "rank": rank, "role": role, "step": step.step, "generation": step.generation}
-                try:
-                    header = self._segment(path).slots[0].header()
-                    out.append(header or {**known, "state": 0, "ok": False, "why": f"{path} is damaged"})
-                except (CheckpointError, OSError) as error:
-                    out.append({**known, "state": 0, "ok": False, "why": str(error)})
-            self._forget_removed()
+        for step, role, rank, path in self._segments():
+            known = {"tier": "local", "rank": rank, "role": role, "step": step.step, "generation": step.generation}
+            try:
+                header = _read(path)[1]
+                out.append(header or {**known, "state": 0, "ok": False, "why": f"{path} is damaged"})
+            except (CheckpointError, OSError) as error:
+                out.append({**known, "state": 0, "ok": False, "why": str(error)})
         return out
 
     def find(self, role: str, rank: int, step: int, generation: int) -> tuple[Slot, SlotHeader] | None:
-        """Return the slot that holds a rank's step, if one does."""
-        with self._lock:
-            for found, its_role, its_rank, path in self._segments():
-                if (its_role, its_rank, found.step, found.generation) == (role, rank, step, generation):
-                    with contextlib.suppress(FileNotFoundError):
-                        slot = self._segment(path).slots[0]
-                        header = slot.header()
-                        if header is not None and (header.step, header.generation) == (step, generation):
-                            return slot, header
+        """Return the slot that holds a rank's step, if one does; its data stays mapped as long as it is held."""
+        for found, its_role, its_rank, path in self._segments():
+            if (its_role, its_rank, found.step, found.generation) == (role, rank, step, generation):
+                with contextlib.suppress(FileNotFoundError):
+                    slot, header = _read(path)
+                    if header is not None and (header.step, header.generation) == (step, generation):
+                        return slot, header
         return None
-
-    def _forget_removed(self) -> None:
-        for path, inode in list(self._open):
-            if not path.exists():
-                self._open.pop((path, inode)).close()
 
     def memberships(self) -> list[int]:
         """Return the generations whose membership lies beside a step."""
@@ -97,8 +82,11 @@ class Drive:
         return None
 
     def close(self) -> None:
-        """Close what is open."""
-        with self._lock:
-            for segment in self._open.values():
-                segment.close()
-            self._open = {}
+        """Nothing is open."""
+
+
+def _read(path: Path) -> tuple[Slot, SlotHeader | None]:
+    """Return the only slot of a file, which is closed again, and what it holds."""
+    with contextlib.closing(Segment.open(path)) as segment:
+        slot = segment.slots[0]
+        return slot, slot.header()

@@ -5,6 +5,7 @@
         data-00003-<slot bytes>x<slots>-<hashes>.seg  parity-00003-...seg
 
 Every file is the user's alone (0600 in folders of 0700) and replaced as a whole, so a kill leaves the old or the new.
+The base is everybody's: what somebody else made there under our name, or a link, is neither believed nor removed.
 Must not know: torch, what segments hold, networks.
 """
 
@@ -20,13 +21,14 @@ import secrets
 import shutil
 import stat
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from windlass.checkpoint.memory.heartbeat import is_alive
 from windlass.checkpoint.memory.layout import Layout
+from windlass.dist import control_group
 from windlass.dist.errors import CheckpointError
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}")
@@ -72,7 +74,7 @@ class NodeFolder:
 
     def __post_init__(self) -> None:
         for what, name in (("job", self.job), ("node", self.node)):
-            if not _NAME.fullmatch(name):
+            if not is_name(name):
                 raise CheckpointError(
                     f"{what} = {name!r} cannot name a folder of snapshots: letters, digits, dot, dash and underscore "
                     "can, beginning with a letter or digit, e.g. node-0"
@@ -87,6 +89,12 @@ class NodeFolder:
     @property
     def path(self) -> Path:
         return _root(self.base) / self.job / self.node
+
+    def check(self) -> None:
+        """Raise CheckpointError if what is here, or above it, is somebody else's, or a link to elsewhere."""
+        with contextlib.suppress(FileNotFoundError):
+            for folder in (_root(self.base), self.path.parent, self.path):
+                _check_owner(folder)
 
     def create(self, token: str | None = None) -> NodeFolder:
         """Make the folder where it is missing, with the job's token (a new one if none is given and none is there).
@@ -150,7 +158,11 @@ class NodeFolder:
             raise
 
     def remove(self) -> None:
-        """Remove the folder, and what is above it if nothing else is there."""
+        """Remove the folder, and what is above it if nothing else is there.
+
+        Raises: CheckpointError if it is not ours
+        """
+        self.check()
         shutil.rmtree(self.path, ignore_errors=True)
         for folder in (self.path.parent, _root(self.base)):
             with contextlib.suppress(OSError):  # other nodes, or other jobs
@@ -177,11 +189,12 @@ class NodeFolder:
         return self.path / "smp.json"
 
     def read_smp(self) -> SnapshotProcess | None:
-        """Return who said last that it serves this folder, alive or not."""
-        values = _json(self.smp_path)
+        """Return who said last that it serves this folder, alive or not; None where anybody could have said so."""
         try:
+            self.check()
+            values = _json(self.smp_path)
             return None if values is None else SnapshotProcess(**values)
-        except TypeError:
+        except (TypeError, CheckpointError):
             return None
 
     def write_smp(self, process: SnapshotProcess) -> None:
@@ -294,12 +307,26 @@ def _root(base: Path) -> Path:
     return Path(base) / f"windlass-{os.getuid()}"
 
 
+def is_name(name: str) -> bool:
+    """Tell whether a job or node may be called so."""
+    return _NAME.fullmatch(name) is not None
+
+
+def is_own(folder: Path) -> bool:
+    """Tell whether there is a folder of this user, not a link to one."""
+    try:
+        found = folder.lstat()
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    return stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid()
+
+
 def _check_owner(folder: Path) -> None:
     found = folder.lstat()
-    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or stat.S_IMODE(found.st_mode) & 0o077:
+    if not is_own(folder) or stat.S_IMODE(found.st_mode) & 0o077:
         raise CheckpointError(
-            f"{folder} must be a folder of user {os.getuid()} that nobody else can enter (mode 0700); it belongs to "
-            f"user {found.st_uid} with mode {stat.S_IMODE(found.st_mode):o}. Remove it, or use another snapshot.folder"
+            f"{folder} must be a folder of user {os.getuid()} that nobody else can enter (mode 0700); it is "
+            f"{stat.filemode(found.st_mode)} of user {found.st_uid}. Remove it, or use another snapshot.folder"
         )
 
 
@@ -326,26 +353,32 @@ def _entries(folder: Path) -> Iterator[Path]:
 
 
 def _memory_left() -> int:
-    """Return the memory that the host, and the control group this process is in, can still give."""
+    """Return the memory that the host, and the control groups this process is in, can still give."""
     found = re.search(r"^MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text(), re.MULTILINE)
-    left = int(found[1]) * 1024 if found else 1 << 62
-    group = Path("/sys/fs/cgroup")
-    with contextlib.suppress(OSError, ValueError):  # no such group, or "max"
-        limit = int((group / "memory.max").read_text())
-        left = min(left, limit - int((group / "memory.current").read_text()))
-    return left
+    left, of_groups = int(found[1]) * 1024 if found else 1 << 62, control_group.memory_left()
+    return left if of_groups is None else min(left, of_groups)
 
 
 def _mib(num_bytes: int) -> str:
     return f"{num_bytes / 2**20:,.1f} MiB"
 
 
-def list_jobs(base: Path) -> list[NodeFolder]:
-    """Return the node folders of all jobs of this user below `base`."""
-    return [
-        NodeFolder(Path(base), job.name, node.name)
-        for job in sorted(_entries(_root(base)))
-        if job.is_dir()
-        for node in sorted(_entries(job))
-        if node.is_dir() and _NAME.fullmatch(job.name) and _NAME.fullmatch(node.name)
-    ]
+def list_jobs(base: Path, refused: Callable[[CheckpointError], None] = lambda why: None) -> list[NodeFolder]:
+    """Return the node folders of all jobs of this user below `base`; `refused` hears why others are passed over."""
+
+    def own(folders: Iterable[Path]) -> Iterator[Path]:
+        for folder in folders:
+            try:
+                _check_owner(folder)
+                yield folder
+            except FileNotFoundError:  # removed meanwhile
+                continue
+            except CheckpointError as error:
+                refused(error)
+
+    def inside(folder: Path) -> list[Path]:
+        return sorted(path for path in _entries(folder) if is_name(path.name))
+
+    roots = own([_root(base)])
+    nodes = [node for root in roots for job in own(inside(root)) for node in own(inside(job))]
+    return [NodeFolder(Path(base), node.parent.name, node.name) for node in nodes]

@@ -5,7 +5,7 @@ Must not know: whose job it was, what is in it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from windlass.checkpoint.memory.folder import NodeFolder, list_jobs
@@ -16,13 +16,18 @@ from windlass.dist.errors import CheckpointError
 
 
 def collect_garbage(
-    base: Path, lease_s: float | None = None, *, spared: NodeFolder | None = None
+    base: Path,
+    lease_s: float | None = None,
+    *,
+    spared: NodeFolder | None = None,
+    refused: Callable[[CheckpointError], None] = lambda why: None,
 ) -> Iterator[tuple[NodeFolder, Exception | None]]:
     """Remove the folders below `base` that nobody needs; yield each, and those that stay because of an error with it.
 
-    `lease_s`: instead of the lease that each job has set for itself. `spared`: the caller's own.
+    `lease_s`: instead of the lease that each job has set for itself. `spared`: the caller's own. `refused` hears why a
+    folder is not taken for one of ours.
     """
-    for folder in list_jobs(base):
+    for folder in list_jobs(base, refused):
         try:
             if folder == spared or not is_garbage(folder, _lease_of(folder) if lease_s is None else lease_s):
                 continue

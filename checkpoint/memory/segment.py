@@ -15,10 +15,12 @@ Must not know: torch, who fills slots, who reads them, networks.
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import json
 import mmap
 import os
+import re
 import struct
 import threading
 import time
@@ -31,6 +33,7 @@ import numpy as np
 import xxhash
 
 from windlass.checkpoint.memory.header import FACTS_BYTES, SlotHeader, State, pack, unpack
+from windlass.checkpoint.memory.heartbeat import is_alive, process_started
 from windlass.checkpoint.memory.stripes import Stripes
 from windlass.dist.errors import CheckpointError
 
@@ -41,6 +44,8 @@ _HEAD = struct.Struct("<QQQQ")  # magic, sequence, length, xxh3_64
 _MAGIC = int.from_bytes(b"WLSLOT01", "little")
 _FLOCK = "hhqqi0q"  # struct flock: kind, whence, start, length, process
 _PROGRESS = 8  # index of the progress word: on a cache line of its own
+_UNNAMED = os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC
+_DRAFT = re.compile(r"\..+\.(\d+)-(\d+)\.making")
 
 
 def _seal(sequence: int, body: bytes) -> int:
@@ -209,7 +214,8 @@ class Slot:
 class Segment:
     """The slots of one rank and role.
 
-    Invariant: every page is there and mapped, so no copy is slowed by a first touch or killed by a full file system
+    Invariant: every page is there, and mapped where it may be written, so no copy is slowed by a first touch or killed
+    by a full file system. Of one that is only read, pages are mapped as they are looked at: it may lie on a drive.
     """
 
     def __init__(self, path: Path, fd: int, geometry: Mapping[str, Any], *, writable: bool) -> None:
@@ -221,7 +227,7 @@ class Segment:
         self.stride = _stride(self.slot_bytes, self.table_chunks)
         protection = mmap.PROT_READ | (mmap.PROT_WRITE if writable else 0)
         size = segment_bytes(self.slot_bytes, self.num_slots, self.table_chunks)
-        self._map = mmap.mmap(fd, size, mmap.MAP_SHARED | mmap.MAP_POPULATE, protection)
+        self._map = mmap.mmap(fd, size, mmap.MAP_SHARED | (mmap.MAP_POPULATE if writable else 0), protection)
         self.memory = np.frombuffer(self._map, np.uint8)
         self.slots = tuple(Slot(self, i) for i in range(self.num_slots))
 
@@ -238,21 +244,16 @@ class Segment:
         geometry: dict[str, Any] = {"role": role, "rank": rank, "slot_bytes": slot_bytes, "num_slots": num_slots}
         geometry |= {"chunk_bytes": chunk_bytes, "table_chunks": table_chunks}
         body = json.dumps(geometry).encode()
-        partial = path.with_name(f".{path.name}.{os.getpid()}")
-        fd = os.open(partial, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         try:
-            # Allocates now: a page that cannot be had later would kill the process that touches it (SIGBUS).
-            os.posix_fallocate(fd, 0, needed)
-            os.pwrite(fd, _FILE.pack(_FILE_MAGIC, len(body), xxhash.xxh3_64_intdigest(body)) + body, 0)
-            os.link(partial, path)
+            with _appearing(path) as fd:
+                # Allocates now: a page that cannot be had later would kill the process that touches it (SIGBUS).
+                os.posix_fallocate(fd, 0, needed)
+                os.pwrite(fd, _FILE.pack(_FILE_MAGIC, len(body), xxhash.xxh3_64_intdigest(body)) + body, 0)
         except OSError as error:
             raise CheckpointError(
                 f"segment {path} of {needed} bytes ({num_slots} slots of {slot_bytes}) could not be made: {error}. Use "
                 "fewer snapshot.slots, or a snapshot.folder with more room"
             ) from error
-        finally:
-            os.close(fd)
-            os.unlink(partial)
         return Segment.open(path, writable=True)
 
     @staticmethod
@@ -295,6 +296,40 @@ class Segment:
         del self.memory
         with contextlib.suppress(BufferError):  # views of it are still held: it is unmapped with the last of them
             self._map.close()
+
+
+@contextlib.contextmanager
+def _appearing(path: Path) -> Iterator[int]:
+    """Open a new file that appears at `path` at the end. It has no name before, so that a kill leaves nothing of it."""
+    draft = None
+    try:
+        fd = os.open(path.parent, _UNNAMED, 0o600)
+    except OSError as error:
+        if error.errno not in (errno.EOPNOTSUPP, errno.EISDIR):
+            raise
+        fd, draft = _draft(path)
+    try:
+        yield fd
+        # Naming a folder, which absolute paths have no use for, has Python make the call that follows links.
+        os.link(draft or f"/proc/self/fd/{fd}", path.absolute(), src_dir_fd=fd, follow_symlinks=True)
+    finally:
+        os.close(fd)
+        if draft is not None:
+            draft.unlink(missing_ok=True)
+
+
+def _draft(path: Path) -> tuple[int, Path]:
+    """Open a file under a name of this process, and remove those that dead ones have left.
+
+    For file systems that have no files without a name.
+    """
+    folder = path.parent.absolute()
+    for left in folder.iterdir():
+        match = _DRAFT.fullmatch(left.name)
+        if match and not is_alive(int(match[1]), int(match[2])):
+            left.unlink(missing_ok=True)
+    draft = folder / f".{path.name}.{os.getpid()}-{process_started(os.getpid())}.making"
+    return os.open(draft, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600), draft
 
 
 def _header_bytes(table_chunks: int) -> int:

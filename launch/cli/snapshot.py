@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 if TYPE_CHECKING:
+    from windlass.checkpoint.local_level import LocalLevel
     from windlass.checkpoint.memory.folder import NodeFolder
+    from windlass.dist.errors import CheckpointError
 
 app = typer.Typer(
     help="List, verify and show the snapshots that this host's memory holds of a run.\n\n"
@@ -17,10 +20,20 @@ app = typer.Typer(
     no_args_is_help=True,
 )
 
-Run = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")]
-Base = Annotated[Path, typer.Option("--folder", help="snapshot.folder of the job.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 SHM = Path("/dev/shm")
+
+
+def _existing(base: Path) -> Path:
+    from windlass.dist.errors import ConfigError
+
+    if not base.is_dir():
+        raise ConfigError(f"--folder {base}: is no folder. Use snapshot.folder of the job, such as {SHM}")
+    return base
+
+
+Run = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")]
+Base = Annotated[Path, typer.Option("--folder", callback=_existing, help="snapshot.folder of the job.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 
 
 @app.command("ls", help="List the snapshots of a run, newest first.\n\nExample: windlass snapshot ls runs/tiny")
@@ -77,7 +90,7 @@ def show_command(
     "gc",
     help="Remove the snapshots of a run that nobody needs, in memory and in checkpoint.local_dir, or without RUN those "
     "in memory of every run whose lease (its own snapshot.lease_s) is over. Nothing is removed while a worker trains "
-    "with it; a snapshot process is ended with --stop only.\n\n"
+    "with it, nor what is not this user's alone; a snapshot process is ended with --stop only.\n\n"
     "Examples:\n\n"
     "    windlass snapshot gc runs/tiny --stop\n\n"
     "    windlass snapshot gc",
@@ -94,14 +107,17 @@ def gc_command(
     from windlass.checkpoint.memory.garbage import collect_garbage
     from windlass.dist.errors import CheckpointError
     from windlass.launch.node_memory import stop_process, trainers_of
+    from windlass.launch.run_folder import RunFolder, RunLock
 
     if run is None:
-        for folder, error in collect_garbage(base, lease_s):
+        for folder, error in collect_garbage(base, lease_s, refused=_say):
             typer.echo(
                 f"removed {folder.path}" if error is None else f"{folder.path} stays: {error}", err=error is not None
             )
         return
-    folders = _folders(run, base)
+    folders, levels = _nodes(run, base), _local_levels(run, base)
+    if not folders and not levels:
+        raise _nothing(run, base)
     for folder in folders:
         served = folder.read_smp()
         if users := trainers_of(folder):
@@ -111,29 +127,66 @@ def gc_command(
                 f"{folder.path} is served by snapshot process {served.pid}, so the run can go on from it. End it too "
                 "with --stop"
             )
-    for folder in folders:
-        stop_process(folder)
-        on_drive = remove_local_level(folder)
-        folder.remove()
-        if on_drive is not None:
-            typer.echo(f"removed {on_drive}")
-        typer.echo(f"removed {folder.path}")
+    # A run whose memory is elsewhere, or on other hosts, may train: then its folder is locked.
+    with RunLock(RunFolder(run)) if levels else nullcontext():
+        for folder in folders:
+            stop_process(folder)
+            on_drive = remove_local_level(folder)
+            folder.remove()
+            if on_drive is not None:
+                typer.echo(f"removed {on_drive}")
+            typer.echo(f"removed {folder.path}")
+        for level in levels:
+            if level.folder.exists():  # of a node that has nothing in memory
+                level.remove()
+                typer.echo(f"removed {level.folder}")
 
 
 def _folders(run: Path, base: Path) -> list[NodeFolder]:
-    """Return the folders of this run on this host.
+    """Return the folders of this run in the memory of this host.
 
     Raises:      CheckpointError if there are none
     """
+    if not (found := _nodes(run, base)):
+        raise _nothing(run, base)
+    return found
+
+
+def _nodes(run: Path, base: Path) -> list[NodeFolder]:
     from windlass.checkpoint.memory.folder import list_jobs
+    from windlass.launch.control_log import job_of
+
+    return [folder for folder in list_jobs(base, _say) if folder.job == job_of(run)]
+
+
+def _local_levels(run: Path, base: Path) -> list[LocalLevel]:
+    """Return what this host's drives hold of a run, by all the configurations that it was started with.
+
+    Memory does not say where they are once its lease is over.
+    """
+    from windlass.checkpoint.local_level import list_local_levels
+    from windlass.dist.errors import ConfigError
+    from windlass.launch.config import load_job
+    from windlass.launch.control_log import job_of
+
+    places = set()
+    for path in run.glob("config*.yaml"):
+        try:
+            places.add(load_job(path).config.checkpoint.local_dir)
+        except ConfigError as error:  # of another version, say
+            typer.echo(f"{path} does not tell checkpoint.local_dir: {error}", err=True)
+    return [level for place in sorted(places - {""}) for level in list_local_levels(base, job_of(run), place)]
+
+
+def _nothing(run: Path, base: Path) -> CheckpointError:
     from windlass.dist.errors import CheckpointError
     from windlass.launch.control_log import job_of
 
-    job = job_of(run)
-    found = [folder for folder in list_jobs(base) if folder.job == job]
-    if not found:
-        raise CheckpointError(
-            f"{run}: this host holds no snapshots of it in {base} (job {job}). Give the run folder as the job had it "
-            "(train.run_dir), and --folder if it had another snapshot.folder"
-        )
-    return found
+    return CheckpointError(
+        f"{run}: this host holds no snapshots of it in {base} (job {job_of(run)}). Give the run folder as the job had "
+        "it (train.run_dir), and --folder if it had another snapshot.folder"
+    )
+
+
+def _say(why: CheckpointError) -> None:
+    typer.echo(f"passed over: {why}", err=True)

@@ -16,6 +16,7 @@ from tests.persist_doubles import (
 )
 from windlass.checkpoint import persist as persist_module
 from windlass.checkpoint.agree import Alone
+from windlass.checkpoint.fence import Fence, raise_fence, read_fence
 from windlass.checkpoint.manifest import read_manifest
 from windlass.checkpoint.restore import restore
 from windlass.checkpoint.retention import being_read
@@ -119,6 +120,30 @@ def test_a_damaged_mark_still_refuses_older_generations_and_hides_nothing(tmp_pa
     assert steps_at(tmp_path / "c") == [(1, 1)]
     with pytest.raises(CheckpointError, match="generation 2 has begun"):
         old.begin(2)
+
+
+def test_a_mark_that_is_replaced_while_it_is_looked_for_is_looked_for_again(target, monkeypatch):
+    storage = storage_of(target)
+    raise_fence(storage, 1, {})
+    names, later = type(storage).names, [2, 3]
+
+    def slow(self, folder=""):
+        """Return what was there before a new generation began."""
+        found = names(self, folder)
+        if later:
+            with monkeypatch.context() as patch:
+                patch.setattr(type(storage), "names", names)
+                raise_fence(storage_of(target), later.pop(0), {"step-00000001": "seal"})
+        return found
+
+    monkeypatch.setattr(type(storage), "names", slow)
+    assert read_fence(storage) == Fence(3, {"step-00000001": "seal"}) and later == []
+
+
+def test_a_mark_that_is_listed_but_never_there_is_not_looked_for_without_end(tmp_path, monkeypatch):
+    monkeypatch.setattr(LocalStorage, "names", lambda self, folder="": [".generation-00000007.json"])
+    with pytest.raises(CheckpointError, match=r"lists \.generation-00000007\.json, which is not there"):
+        read_fence(LocalStorage(tmp_path))
 
 
 def test_leftovers_of_older_generations_are_swept_and_newer_ones_left_alone(tmp_path, target):

@@ -2,6 +2,7 @@
 
 import errno
 import os
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from tests.persist_doubles import (
     nodes_with,
     parity_header,
 )
-from windlass.checkpoint.local_level import LocalLevel, remove_local_level
+from windlass.checkpoint.local_level import LocalLevel, list_local_levels, remove_local_level
 from windlass.checkpoint.memory.drive import Drive
 from windlass.checkpoint.memory.segment import Segment
 from windlass.checkpoint.memory.segment import verify as damaged_chunks
@@ -105,6 +106,30 @@ def test_two_local_steps_are_kept_and_damaged_ones_do_not_count(drive):
     assert nodes.leader.newest("local") is None
 
 
+def held_open(place):
+    """Return the files below a folder that this process has open or mapped."""
+    files = [os.readlink(fd) for fd in Path("/proc/self/fd").iterdir() if fd.is_symlink()]
+    maps = [line.split(maxsplit=5)[5] for line in Path("/proc/self/maps").read_text().splitlines() if "/" in line]
+    return [name for name in files + maps if name.startswith(str(place))]
+
+
+def test_a_step_that_is_removed_gives_its_room_back_whoever_had_read_it(drive, tmp_path):
+    nodes, level = drive
+    local_step(nodes, 6)
+    reader = Drive(nodes.folders["node-0"], str(tmp_path / "nvme"))
+    assert len(reader.inventory()) == 2 and held_open(level.folder) == []
+    slot, header = reader.find("data", 0, 6, 1)
+    assert damaged_chunks(slot, header) == [] and held_open(level.folder) != []  # as long as its bytes are sent
+    del slot
+    assert held_open(level.folder) == []
+    nodes.hold(6)
+    local_step(nodes, 6)  # anew, under the same name
+    found = reader.find("data", 0, 6, 1)
+    assert found is not None
+    del found
+    assert held_open(level.folder) == []
+
+
 # -- whose it is -----------------------------------------------------------------------------------------------------
 
 
@@ -152,3 +177,30 @@ def test_the_drive_of_a_run_that_is_over_is_cleared(drive, tmp_path):
     Settings(local_dir=str(tmp_path / "nvme")).keep_in(folder)
     assert remove_local_level(folder) == level.folder
     assert os.listdir(tmp_path / "nvme") == [] and remove_local_level(folder) is None
+
+
+def test_steps_are_found_without_the_memory_of_their_nodes(drive, tmp_path):
+    nodes, level = drive
+    local_step(nodes, 6)
+    nodes.folders["node-0"].remove()
+    found = list_local_levels(tmp_path / "shm", JOB, tmp_path / "nvme")
+    assert [held.folder for held in found] == [level.folder]
+    for held in found:
+        held.remove()
+    assert os.listdir(tmp_path / "nvme") == []
+    assert list_local_levels(tmp_path / "shm", JOB, tmp_path / "nvme") == []
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+def test_a_link_on_the_drive_is_not_followed_to_what_is_not_ours(drive, tmp_path, depth):
+    nodes, _ = drive
+    folder, home = nodes.folders["node-0"], tmp_path / "home"
+    Settings(local_dir=str(tmp_path / "nvme")).keep_in(folder)
+    link = tmp_path / "nvme" / JOB / "node-0" if depth == 2 else tmp_path / "nvme" / JOB
+    link.parent.mkdir(parents=True, exist_ok=True)
+    link.symlink_to(home)
+    thesis = home / "thesis" if depth == 2 else home / "node-0" / "thesis"
+    thesis.parent.mkdir(parents=True)
+    thesis.write_text("years of work")
+    assert remove_local_level(folder) is None and list_local_levels(folder.base, JOB, tmp_path / "nvme") == []
+    assert thesis.exists()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import stat
 import subprocess
 import sys
@@ -161,6 +162,11 @@ def test_room_is_the_least_of_file_system_and_memory(folder):
     assert 0 < folder.room() <= disk.f_blocks * disk.f_frsize
 
 
+def test_room_is_bounded_by_the_control_group(folder, monkeypatch):
+    monkeypatch.setattr(module.control_group, "memory_left", lambda: 12345)
+    assert folder.room() == 12345
+
+
 def test_jobs_of_the_same_hosts_are_told_apart(tmp_path, folder):
     other = NodeFolder(tmp_path, "fedcba9876543210", "node-0").create()
     assert list_jobs(tmp_path) == [folder, other]
@@ -205,6 +211,48 @@ def test_a_folder_in_which_a_rank_still_beats_is_kept(tmp_path, folder):
     old_lease(folder)
     assert folder.beating() == {5: folder.beat_path(5)}
     assert list(collect_garbage(tmp_path, lease_s=0.0)) == [] and folder.path.exists()
+
+
+# -- what others may have made under our name, as /dev/shm lets them --------------------------------------------------
+
+
+def link_to(home: Path, at: Path) -> None:
+    shutil.rmtree(at)
+    at.symlink_to(home)
+
+
+@pytest.mark.parametrize("depth", [0, 1, 2])
+@pytest.mark.parametrize("how", ["link", "open", "foreign", "file"])
+def test_what_is_not_ours_alone_is_neither_listed_nor_believed_nor_removed(tmp_path, folder, depth, how):
+    """`depth`: the root, the job or the node was made by somebody else."""
+    at = [folder.path.parents[1], folder.path.parent, folder.path][depth]
+    home = tmp_path / "home"
+    thesis = home.joinpath(*folder.path.relative_to(at).parts, "thesis")  # where the link has it look like a node
+    other = NodeFolder(tmp_path, "fedcba9876543210", "node-0").create() if depth else None
+    folder.write_smp(SnapshotProcess(os.getpid() + 1, 1, "127.0.0.1", 1))
+    thesis.parent.mkdir(parents=True, mode=0o700)
+    thesis.write_text("years of work")
+    os.utime(thesis.parent, (1, 1))
+    if how == "link":
+        link_to(home, at)
+    elif how == "open":
+        at.chmod(0o710)
+    elif how == "foreign":
+        if os.getuid() != 0:
+            pytest.skip("only root can give folders away")
+        os.chown(at, 12345, -1)
+    else:
+        shutil.rmtree(at)
+        at.write_text("no folder")
+    said: list[CheckpointError] = []
+    found = list(collect_garbage(tmp_path, lease_s=0.0, spared=other, refused=said.append))
+    assert found == [] and thesis.exists() and at.exists()
+    assert len(said) == 1 and f"{at} must be a folder of user {os.getuid()} that nobody else" in str(said[0])
+    assert list_jobs(tmp_path) == ([other] if other else [])
+    assert folder.read_smp() is None
+    with pytest.raises(CheckpointError, match="must be a folder of user"):
+        folder.remove()
+    assert thesis.exists() and at.exists()
 
 
 def test_the_snapshot_process_needs_no_torch():

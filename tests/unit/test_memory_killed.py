@@ -1,9 +1,13 @@
-"""What is left in the memory of a node when a process is killed while it takes a snapshot: the one before, whole."""
+"""What is left in the memory of a node when a process is killed while it takes a snapshot: the one before, whole.
+Killed while it makes room for snapshots, it leaves nothing.
+"""
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
+import stat
 import subprocess
 import sys
 from pathlib import Path
@@ -14,11 +18,13 @@ import torch
 from tests.harness import outcomes
 from tests.snapshot_state import HeldState, capturer, hashed, mixed_tensors, slots, whole_steps
 from tests.waiting import until
-from windlass.checkpoint.memory import pids
+from windlass.checkpoint.memory import pids, segment
 from windlass.checkpoint.memory.folder import NodeFolder
+from windlass.checkpoint.memory.heartbeat import process_started
 from windlass.checkpoint.memory.segment import State
 from windlass.checkpoint.memory.slots import NodeSlots
 from windlass.dist.env import ProcessEnv
+from windlass.dist.errors import CheckpointError
 
 ROOT = Path(__file__).resolve().parents[2]
 JOB = "0123456789abcdef"
@@ -147,3 +153,48 @@ def test_a_process_killed_at_any_instant_leaves_a_whole_snapshot(tmp_path, after
     assert "SIGALRM" in died[0].text, died
     found = whole_steps(NodeFolder(tmp_path, "0123456789abcdef", "node-0"))
     assert found and all(t["model.w"].unique().tolist() == [step] for step, t in found.items())
+
+
+def made_at(path: Path) -> segment.Segment:
+    return segment.Segment.create(path, "data", 3, 1000, 2, 64, 64)
+
+
+def killed_while_making(path: Path, *, unnamed: bool) -> None:
+    """Have a process be killed when its segment has all its memory, but not its name yet."""
+    pid = os.fork()
+    if pid == 0:
+        if not unnamed:
+            segment.os.open = without_unnamed
+        segment.os.link = lambda *args, **kwargs: os.kill(os.getpid(), signal.SIGKILL)
+        made_at(path)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
+
+
+OPEN = os.open
+
+
+def without_unnamed(path: Path, flags: int, *args: int) -> int:
+    if flags & os.O_TMPFILE == os.O_TMPFILE:
+        raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
+    return OPEN(path, flags, *args)
+
+
+def test_a_process_killed_while_it_makes_a_segment_leaves_nothing_of_it(tmp_path):
+    killed_while_making(tmp_path / "a.seg", unnamed=True)
+    assert os.listdir(tmp_path) == []
+    made_at(tmp_path / "a.seg").close()
+    assert os.listdir(tmp_path) == ["a.seg"] and stat.S_IMODE((tmp_path / "a.seg").stat().st_mode) == 0o600
+
+
+def test_where_files_need_names_the_next_segment_made_removes_what_a_kill_left(tmp_path, monkeypatch):
+    killed_while_making(tmp_path / "a.seg", unnamed=False)
+    assert len(os.listdir(tmp_path)) == 1
+    living = f".c.seg.{os.getpid()}-{process_started(os.getpid())}.making"
+    (tmp_path / living).write_bytes(b"of one that is being made")
+    monkeypatch.setattr(segment.os, "open", without_unnamed)
+    made = made_at(tmp_path / "b.seg")
+    made.close()
+    with pytest.raises(CheckpointError, match="File exists"):
+        made_at(tmp_path / "b.seg")
+    assert sorted(os.listdir(tmp_path)) == [living, "b.seg"]

@@ -311,6 +311,24 @@ def test_a_segment_is_never_written_over(segment):
     assert [p.name for p in segment.path.parent.iterdir()] == [segment.path.name]
 
 
+def mapped_bytes(path: Path) -> int:
+    """Return how much of a file this process has mapped pages of."""
+    entries = Path("/proc/self/smaps").read_text().split("VmFlags:")
+    return sum(int(entry.split("Rss:")[1].split()[0]) << 10 for entry in entries if str(path) in entry)
+
+
+def test_opening_a_segment_to_read_its_headers_does_not_read_its_data(tmp_path):
+    path, size = tmp_path / "a.seg", 8 << 20
+    made = Segment.create(path, "data", 3, size, 1, 1 << 20, 8)
+    assert mapped_bytes(path) > size  # a trainer's copy is not slowed by a first touch
+    header = replace(NEW, num_bytes=size, chunk_bytes=1 << 20, state=State.COPIED)
+    assert made.slots[0].write(header)
+    made.close()
+    found = Segment.open(path)
+    assert found.slots[0].header().step == header.step and mapped_bytes(path) < size // 8
+    found.close()
+
+
 def test_ensure_finds_what_is_there_and_replaces_what_nobody_can_read(segment):
     header = filled(segment.slots[0])
     again = Segment.ensure(segment.path, "data", 3, SIZE, 2, CHUNK, 64)

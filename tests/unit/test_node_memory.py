@@ -16,8 +16,9 @@ import pytest
 from tests.waiting import until
 from windlass.checkpoint.memory.client import SnapshotClient
 from windlass.checkpoint.memory.fencing import fence
-from windlass.checkpoint.memory.folder import NodeFolder
-from windlass.checkpoint.memory.heartbeat import Heartbeat, Phase
+from windlass.checkpoint.memory.folder import NodeFolder, SnapshotProcess
+from windlass.checkpoint.memory.heartbeat import Heartbeat, Phase, process_started
+from windlass.checkpoint.memory.settings import Settings
 from windlass.dist.errors import CheckpointError
 from windlass.launch.keeper import Keeper
 from windlass.launch.node_memory import NodeMemory, forget_another_run, stop_process
@@ -136,10 +137,13 @@ def test_fencing_leaves_its_caller_alone_and_refuses_a_generation_that_is_over(f
 
 
 def test_a_node_that_lost_everything_stays_lost(folder: NodeFolder) -> None:
-    memory = NodeMemory(folder, "secret")
+    memory, drive = NodeMemory(folder, "secret"), folder.base / "nvme"
+    place, other = on_drive(folder, drive), drive / JOB / "node-1"
+    other.mkdir()
     memory.fence(1)
-    memory.lose()
+    memory.lose(drive)
     assert memory.tend() == [] and not folder.path.exists()
+    assert not place.exists() and other.exists()
     assert memory.flush(0.1) is None
 
 
@@ -149,6 +153,59 @@ def test_what_is_left_of_a_run_whose_folder_was_deleted_is_removed(folder: NodeF
     assert not forget_another_run(folder, "old")
     assert forget_another_run(folder, "new") and not folder.path.exists()
     assert not forget_another_run(folder, "new")
+
+
+@pytest.mark.parametrize("depth", [0, 1])
+def test_what_others_made_under_our_name_is_neither_removed_nor_has_it_anybody_killed(
+    folder: NodeFolder, tmp_path: Path, depth: int
+) -> None:
+    """`depth`: the node, or the job, is a link into the user's home, put where /dev/shm lets anybody."""
+    home, link = tmp_path / "home", [folder.path, folder.path.parent][depth]
+    there = home if depth == 0 else home / folder.node
+    there.mkdir(parents=True, mode=0o700)
+    (there / "token").write_text("old")
+    process = subprocess.Popen([sys.executable, "-c", "import threading; threading.Event().wait(60)"])
+    served = SnapshotProcess(process.pid, process_started(process.pid) or 0, "127.0.0.1", 1)
+    (there / "smp.json").write_text(json.dumps(vars(served)))
+    link.parent.mkdir(parents=True, mode=0o700)
+    folder.path.parents[1].chmod(0o700)
+    link.symlink_to(home)
+    try:
+        with pytest.raises(CheckpointError, match=f"{link} must be a folder of user"):
+            NodeMemory(folder, "new")
+        assert stop_process(folder) == 0 and process.poll() is None and (there / "token").exists()
+    finally:
+        process.kill()
+        process.wait()
+
+
+def on_drive(folder: NodeFolder, drive: Path) -> Path:
+    """Return what a node has on its drive, which it is told of."""
+    Settings(local_dir=str(drive)).keep_in(folder)
+    place = drive / folder.job / folder.node
+    (place / "step-00000004").mkdir(parents=True)
+    return place
+
+
+@pytest.mark.parametrize("remembered", [True, False])
+def test_a_good_end_clears_the_drives_of_nodes_of_earlier_launches_too(
+    folder: NodeFolder, tmp_path: Path, remembered: bool
+) -> None:
+    memory, other = NodeMemory(folder, "secret"), NodeFolder(tmp_path, JOB, "node-1").create("secret")
+    places = [on_drive(node, tmp_path / "nvme") for node in (folder, other)]
+    if not remembered:
+        other.remove()  # its lease was over
+    memory.release(ok=True)
+    memory.release_others()
+    assert not any(place.exists() for place in places) and os.listdir(tmp_path / "nvme") == []
+    assert not other.path.exists() and not folder.path.exists()
+
+
+def test_a_bad_end_leaves_the_drive_even_where_memory_holds_nothing(folder: NodeFolder, tmp_path: Path) -> None:
+    memory = NodeMemory(folder, "secret")
+    place = on_drive(folder, tmp_path / "nvme")
+    memory.release(ok=False)
+    assert place.exists() and not folder.path.exists()
 
 
 def test_a_deleted_run_that_still_trains_is_not_disturbed(folder: NodeFolder) -> None:

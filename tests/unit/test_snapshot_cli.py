@@ -23,9 +23,10 @@ from windlass.checkpoint.memory.membership import Member, Membership
 from windlass.checkpoint.memory.segment import Segment, hash_chunks
 from windlass.checkpoint.memory.settings import Settings
 from windlass.dist.box import Box
-from windlass.dist.errors import CheckpointError
+from windlass.dist.errors import CheckpointError, ConfigError
 from windlass.launch.cli.snapshot import app
 from windlass.launch.control_log import job_of
+from windlass.launch.run_folder import RunFolder, RunLock
 
 CHUNK = 128
 SIZE = 1000
@@ -129,6 +130,15 @@ def test_a_run_without_snapshots_here_is_an_error_that_names_the_folder(run: Pat
         windlass(run, "ls", tmp_path / "other")
 
 
+@pytest.mark.parametrize("command", [["ls", "RUN"], ["verify", "RUN"], ["show", "RUN"], ["gc", "RUN"], ["gc"]])
+def test_a_folder_that_is_none_is_refused(command: list[str], tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    for place in (tmp_path / "file", tmp_path / "nosuch"):
+        result = CliRunner().invoke(app, [*command, "--folder", str(place)])
+        assert isinstance(result.exception, ConfigError), result.output
+        assert f"--folder {place}" in str(result.exception) and "/dev/shm" in str(result.exception)
+
+
 def test_gc_never_removes_what_a_worker_trains_with(run: Path) -> None:
     beat = Heartbeat(folders(run)[1].beat_path(1), 2)
     beat.beat(Phase.STEP, 6)
@@ -165,3 +175,56 @@ def test_gc_of_a_run_clears_its_drives_too(run: Path, tmp_path: Path) -> None:
     (drive / "of somebody else").mkdir()
     assert f"removed {drive / node.job / node.node}" in windlass(run, "gc", run).output.splitlines()
     assert os.listdir(drive) == ["of somebody else"]
+
+
+def left_on_drive(run: Path, drive: Path) -> list[Path]:
+    """Return what the nodes of a run have on a drive that only the run's configuration tells of."""
+    run.mkdir()
+    (run / "config.yaml").write_text(f"checkpoint:\n  local_dir: {drive}\n")
+    places = [drive / folder.job / folder.node for folder in folders(run)]
+    for place in places:
+        (place / "step-00000004").mkdir(parents=True)
+    return places
+
+
+def test_gc_of_a_run_clears_its_drives_when_the_lease_of_its_memory_is_over(run: Path, tmp_path: Path) -> None:
+    drive = tmp_path / "nvme"
+    places = left_on_drive(run, drive)
+    (run / "config.yaml").rename(run / "config-1.yaml")  # of an earlier start
+    (run / "config.yaml").write_text("checkpoint:\n  local_dir: ''\n")
+    (run / "config-2.yaml").write_text("not a configuration")
+    (drive / "of somebody else").mkdir()
+    for folder in folders(run):
+        folder.remove()
+    result = windlass(run, "gc", run, "--stop")
+    assert result.stdout.splitlines() == [f"removed {place}" for place in places]
+    assert "config-2.yaml does not tell checkpoint.local_dir" in result.stderr
+    assert os.listdir(drive) == ["of somebody else"]
+    with pytest.raises(CheckpointError, match="this host holds no snapshots of it"):
+        windlass(run, "gc", run, "--stop")
+
+
+def test_gc_leaves_the_drives_of_a_run_that_trains_elsewhere(run: Path, tmp_path: Path) -> None:
+    places = left_on_drive(run, tmp_path / "nvme")
+    for folder in folders(run):
+        folder.remove()
+    with RunLock(RunFolder(run)):
+        result = windlass(run, "gc", run, "--stop")
+    assert isinstance(result.exception, ConfigError) and "in use by another run" in str(result.exception)
+    assert all(place.exists() for place in places)
+
+
+@pytest.mark.parametrize("of_run", [True, False])
+def test_gc_says_what_it_passes_over_because_others_may_have_made_it(run: Path, tmp_path: Path, of_run: bool) -> None:
+    job, home = folders(run)[0].path.parent, tmp_path / "home"
+    job.rename(home)
+    job.symlink_to(home)
+    for node in home.iterdir():
+        os.utime(node, (1, 1))
+    if of_run:
+        with pytest.raises(CheckpointError, match="this host holds no snapshots of it"):
+            windlass(run, "gc", run, "--stop")
+    else:
+        result = windlass(run, "gc", "--lease-s", 0)
+        assert result.stdout == "" and f"passed over: {job} must be a folder of user" in result.stderr
+    assert len(list(home.iterdir())) == 2
