@@ -23,6 +23,8 @@ from windlass.dist import env as environment
 from windlass.dist.env import ProcessEnv
 from windlass.dist.errors import CommError
 
+LOOK_S = 0.01
+CONNECT_S = 1.0
 _INTERNET = (socket.AF_INET, socket.AF_INET6)
 
 
@@ -57,6 +59,9 @@ def open_store(env: ProcessEnv, timeout_s: float) -> Any:
             store: Any = dist.FileStore(env.rendezvous.removeprefix("file://"), env.world_size)
             store.set_timeout(timeout)
         else:
+            if env.rank:
+                _wait_for_listener(str(env.master_addr), int(env.master_port or 0), timeout_s)
+                timeout = timedelta(seconds=max(timeout_s - (time.monotonic() - start), 1.0))
             url = f"tcp://{env.master_addr}:{env.master_port}"
             store, _, _ = next(dist.rendezvous(url, env.rank, env.world_size, timeout=timeout))
     except (RuntimeError, OSError, ValueError) as error:
@@ -66,6 +71,19 @@ def open_store(env: ProcessEnv, timeout_s: float) -> Any:
             "port free and open?"
         ) from error
     return dist.PrefixStore("windlass", store)
+
+
+def _wait_for_listener(host: str, port: int, timeout_s: float) -> None:
+    """Return once somebody listens at an address, or time is over: a store that comes too early waits half a second.
+
+    Blocks: host, at most `timeout_s` and a little
+    """
+    end = time.monotonic() + timeout_s
+    while time.monotonic() < end:
+        with contextlib.suppress(OSError):  # the store will say what is wrong
+            socket.create_connection((host, port), CONNECT_S).close()
+            return
+        time.sleep(LOOK_S)
 
 
 def meet(store: Any, env: ProcessEnv, mine: Facts, timeout_s: float) -> list[Facts]:
