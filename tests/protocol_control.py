@@ -52,8 +52,7 @@ class Control:
         first = stop = self.truth.history[run.content][1] + 1
         while content is not None and content[1] > back:
             content, first = self.truth.history[content]
-        self.log.append({"kind": "rollback", "generation": run.generation, "step": back})
-        self.log.append({"kind": "skip", "generation": run.generation, "first": first, "last": stop})
+        self.log.append({"kind": "rollback", "generation": run.generation, "step": back, "first": first, "last": stop})
         self.truth.go_back(run.generation, back)
         for trainer in run.trainers:
             trainer.alive = False

@@ -19,6 +19,8 @@ TROUBLE = (
     "kill_controller",
     "damage",
     "forget",
+    "fail_persist",
+    "race",
 )
 DISASTER = ("lose_node", "cut", "heal", "reboot")
 
@@ -95,6 +97,14 @@ class Faults:
             rank, slot = found[a % len(found)]
             slot.good = False
             self.truth.spoiled(slot.key, rank)
+        return bool(found)
+
+    def do_race(self, a: int, b: int) -> bool:
+        """A thread is about to make a slot FILLED while another one decides about it."""
+        slots = [s for n in self.nodes.values() for g in n.segments.values() for s in g.slots]
+        found = [s for s in slots if s.state == State.COPIED and not s.moving]
+        if found:
+            found[a % len(found)].moving = True
         return bool(found)
 
     def do_forget(self, a: int, b: int) -> bool:

@@ -12,7 +12,6 @@ node frees, who is in a group and which slot is picked are the functions that th
 from __future__ import annotations
 
 from collections.abc import Iterator
-from types import SimpleNamespace
 from typing import Any
 
 from tests.protocol_control import Control
@@ -33,25 +32,26 @@ from tests.protocol_parts import (
     Smp,
     Trainer,
     Violation,
+    Write,
     pick_parity,
 )
 from tests.protocol_storage import Storage
+from tests.protocol_training import Training
 from tests.protocol_truth import Truth
 from windlass.checkpoint.memory.groups import plan_groups
 from windlass.checkpoint.memory.header import State
 from windlass.checkpoint.memory.inventory import Held, Saved
 from windlass.checkpoint.memory.membership import Member, Membership
 from windlass.checkpoint.memory.votes import NOTHING, Decree, Report
-from windlass.data.loader import Loader
 
 PROGRESS = (
     "control", "join", "load", "update", "take", "copied", "hashed", "encode", "encoded", "abort", "report",
     "deliver",
-    "respawn", "persist",
+    "respawn", "persist", "written",
 )  # fmt: skip
 
 
-class World(Faults, Control, Storage):
+class World(Faults, Control, Storage, Training):
     """The state of everything. `act(kind, a, b)` does one thing; the numbers choose among what is possible."""
 
     def __init__(self, shape: Shape | None = None, rules: Rules | None = None) -> None:
@@ -66,6 +66,7 @@ class World(Faults, Control, Storage):
         self.phase = "bump"  # of the controller: all that it forgets when it dies
         self.decisions: dict[tuple[int, str], Any] = {}
         self.persists: list[Persist] = []
+        self.writes: list[Write] = []
         self.storage: dict[Key, Key | None] = {}  # checkpoints: (generation, step) -> content
         self.clock = 0
         self.num_skips = 0
@@ -168,87 +169,6 @@ class World(Faults, Control, Storage):
         self.truth.check(f"{node.name} began generation {run.generation}")
         return True
 
-    def _seed(self, run: Run, trainer: Trainer) -> bool:
-        picks = self._picks(run, trainer)
-        if run.base is None:
-            trainer.seeded = True
-        elif not picks:
-            raise Violation(f"rank {trainer.rank} of generation {run.generation} has no slot for what it restored")
-        else:
-            self._fill(run, trainer, picks)
-        return True
-
-    def _picks(self, run: Run, trainer: Trainer) -> list[Slot]:
-        """Return a slot to fill in each segment of a rank, parity first; nothing unless all have one."""
-        size = len(run.trainers)
-        own_parity = self.shape.local_parity and run.world is not None and len(run.world.group_of(trainer.rank)) > 1
-        roles = ("parity", "data") if own_parity else ("data",)
-        segments = [self.nodes[trainer.node].segment(role, trainer.rank, size, self.shape.slots) for role in roles]
-        picks = [self.rules.pick(segment, run.generation) for segment in segments]
-        return [] if None in picks else picks
-
-    def _fill(self, run: Run, trainer: Trainer, picks: list[Slot]) -> None:
-        for slot, role in zip(reversed(picks), ("data", "parity"), strict=False):
-            slot.fill((run.generation, run.step), trainer.rank, role, len(run.trainers))
-            slot.writer = trainer if self.rules.claims else None
-        trainer.copying = tuple((slot, slot.sequence) for slot in picks)
-        self.nodes[trainer.node].beats[run.generation, trainer.rank] = run.step
-        self.truth.check(f"rank {trainer.rank} fills step {run.step}")
-
-    def do_update(self, a: int, b: int) -> bool:
-        """All ranks finish the next step together. Each has waited for its own copy, and for nothing else."""
-        found = [
-            r for r in self.runs if r.training and not r.takers and all(t.acts and not t.copying for t in r.trainers)
-        ]
-        if not found:
-            return False
-        run = found[a % len(found)]
-        before, run.step = run.content, run.step + 1
-        run.content = (run.generation, run.step)
-        following = 0 if before is None else self.truth.history[before][1] + 1
-        loader: Any = SimpleNamespace(_skips=sorted(self.control_log.skips()))
-        sample = Loader._behind_skips(loader, following)
-        self.truth.history[run.content] = (before, sample)
-        if run.step == (run.base.step if run.base else 0) + 1 and run is self.run:
-            self.log.append({"kind": "recovered", "generation": run.generation})
-        free = [t for t in run.trainers if self._picks(run, t)]
-        if self.rules.jointly and len(free) < len(run.trainers):
-            free = []
-        run.takers = list(free)
-        self.num_skips += not free
-        for trainer in run.trainers:
-            if trainer not in free:
-                self.nodes[trainer.node].beats[run.generation, trainer.rank] = run.step
-        return True
-
-    def do_take(self, a: int, b: int) -> bool:
-        """A rank begins the copy on which all have agreed."""
-        found = [(run, t) for run in self.runs for t in run.takers if t.acts]
-        if not found:
-            return False
-        run, trainer = found[a % len(found)]
-        run.takers.remove(trainer)
-        picks = self._picks(run, trainer)
-        if not picks:
-            raise Violation(f"rank {trainer.rank} has no slot for step {run.step} any more")
-        self._fill(run, trainer, picks)
-        return True
-
-    def do_copied(self, a: int, b: int) -> bool:
-        found = [(run, t) for run, t in self._acting() if t.copying]
-        if not found:
-            return False
-        run, trainer = found[a % len(found)]
-        (slot, sequence), *rest = trainer.copying
-        trainer.copying, trainer.seeded, slot.writer = tuple(rest), not rest, None
-        if slot.sequence != sequence:  # it was freed meanwhile, or its file deleted: then nobody reads what is written
-            if slot.held is not None:
-                raise Violation(f"I5: generation {run.generation} writes into a slot that is of {slot.key} by now")
-            return True
-        slot.bytes_of = run.content
-        slot.advance(State.COPIED)
-        return True
-
     # -- snapshot processes --------------------------------------------------------------------------------------------
 
     def do_respawn(self, a: int, b: int) -> bool:
@@ -264,7 +184,7 @@ class World(Faults, Control, Storage):
         smp = node.smp
         assert smp is not None
         smp.shelves.refresh()
-        smp.passed = None
+        smp.passed, smp.heard = None, 0
         smp.term = None if node.membership is None else self.rules.term(node.membership, node.name)
         if (term := smp.term) is not None:
             term.on_commit = lambda step: self._due(node, term, step)
@@ -344,10 +264,13 @@ class World(Faults, Control, Storage):
             world = node.current
             nodes = [self.nodes[name] for name in world.nodes] if world is not None and node.there else []
             if nodes and all(n.there and n.smp is not None and n.current is world for n in nodes):
+                decree = smp.term.decree
                 for slot in self._own(node, State.FILLED):
+                    if slot.held.step <= decree.watermark or slot.held.step in decree.dropped:
+                        continue  # that it goes is decided already
                     parity = node.segment("parity", slot.held.rank, world.world_size, self.shape.slots)
                     unmade = self.shape.local_parity and parity.holding(slot.key) is None
-                    if unmade or self._read_group(node, world, slot.held.rank, slot) is None:
+                    if unmade or any(self._fails(world, m, slot.key) for m in world.group_of(slot.held.rank)):
                         found.append((node, smp, slot))
         if not found:
             return False
@@ -356,8 +279,18 @@ class World(Faults, Control, Storage):
         smp.shelves.abort(slot.held.generation, slot.held.step, smp.term.ranks)
         return True
 
+    def _fails(self, world: Membership, rank: int, key: Key) -> bool:
+        """Whether a rank's data of a step is damaged, or not there and never will be; not if it is still copied."""
+        node = self.nodes[world.members[rank].node]
+        slots = node.slots("data", rank, world.world_size)
+        held = next((s for s in slots if s.key == key), None)
+        if held is not None:
+            return not held.good
+        steps = [s.key[1] for s in slots if s.key is not None and s.key[0] == world.generation]
+        return max([*steps, node.beats.get((world.generation, rank), NOTHING)]) >= key[1]
+
     def do_report(self, a: int, b: int) -> bool:
-        """A node reads heartbeats, later its slots, and then tells the leader: two instants."""
+        """A node obeys what holds and reads heartbeats, later its slots, and then tells the leader: two instants."""
         found = [(n, smp, n.current) for n, smp in self._smps() if n.current and n.name in n.current.by_node]
         if not found:
             return False
@@ -365,6 +298,8 @@ class World(Faults, Control, Storage):
         assert world is not None
         ranks = [m.rank for m in world.by_node[node.name]]
         if smp.passed is None:
+            if self.rules.again:
+                self._obey(node, smp)
             smp.passed = {rank: node.beats.get((world.generation, rank), NOTHING) for rank in ranks}
             return True
         smp.shelves.refresh()
@@ -394,7 +329,7 @@ class World(Faults, Control, Storage):
         if isinstance(message.body, Report):
             self._hear(node, node.smp, message.body)
         elif world.generation == message.generation:
-            self._obey(node, node.smp, message.body)
+            self._follow(node, node.smp, message.body)
         return True
 
     def _hear(self, node: Node, smp: Smp, report: Report) -> None:
@@ -407,12 +342,20 @@ class World(Faults, Control, Storage):
             self.truth.committed((term.generation, term.ballot.watermark))
         self.network.append(Message(report.node, term.generation, decree))
 
-    def _obey(self, node: Node, smp: Smp, decree: Decree) -> None:
+    def _follow(self, node: Node, smp: Smp, decree: Decree) -> None:
+        """A node obeys when it hears of something new."""
+        if smp.term is None:
+            return
+        if smp.term.ballot is None:  # a leader decides; nothing that its forerunner said reaches it
+            smp.term.follow(decree)
+        if smp.term.decree.sent > smp.heard:
+            smp.heard = smp.term.decree.sent
+            self._obey(node, smp)
+
+    def _obey(self, node: Node, smp: Smp) -> None:
         term = smp.term
         if term is None:
             return
-        if term.ballot is None:  # a leader decides; nothing that its forerunner said reaches it
-            term.follow(decree)
         smp.shelves.refresh()
         self.rules.obey(smp.shelves, term.decree)
         if term.decree.watermark > NOTHING:

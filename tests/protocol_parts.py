@@ -7,6 +7,7 @@ them: `NodeSlots` frees them, `pick_slot` picks among them. See protocol_model.p
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -37,6 +38,7 @@ class Slot:
         self.bytes_of: Any = None
         self.good = True
         self.writer: Trainer | None = None  # holds the claim: it may still write, whatever the header says
+        self.moving = False  # another thread is about to write its next state: whoever frees it first comes too late
 
     @property
     def claimed(self) -> bool:
@@ -53,6 +55,10 @@ class Slot:
         return True
 
     def free(self, header: SlotHeader | None = None, wait_s: float = 0.0) -> bool:
+        if self.moving:
+            self.moving = False
+            if self.state == State.COPIED:
+                self.advance(State.FILLED)
         if header is not None and header.sequence != self.sequence:
             return False
         self.sequence += 1
@@ -111,6 +117,7 @@ class Smp:
     shelves: Shelves
     term: Term | None = None
     passed: dict[int, int] | None = None  # first half of a report
+    heard: int = 0  # when the newest decree that was obeyed was sent
     successor: bool = False  # of a process that was killed while a generation ran
 
 
@@ -204,6 +211,17 @@ class Persist:
     waiting: list[str]  # nodes that have not written theirs
 
 
+@dataclass(eq=False)
+class Write:
+    """A node's part of a step on its way into storage: its slots are pinned, in the process `smp`, until it has ended,
+    which may be long after the leader has given the step up."""
+
+    persist: Persist
+    node: Node
+    smp: Smp
+    pin: ExitStack
+
+
 @dataclass(frozen=True)
 class Message:
     to: str
@@ -247,6 +265,7 @@ class Rules:
     fence_kills: bool = True  # and waits until they are dead
     claims: bool = True  # who fills a slot holds it until it has finished or is dead
     fenced: bool = True  # requests of older generations are refused
+    again: bool = True  # a decree is obeyed with every report, not only when it is news
 
 
 @dataclass(frozen=True)

@@ -19,8 +19,11 @@ from tests.protocol_faults import DISASTER, TROUBLE
 from tests.protocol_model import PROGRESS, World
 from tests.protocol_parts import Rules, Shape, Violation
 
+FILL = ("update", "take", "copied", "hashed")
+PROTECT = (*FILL, "encode", "encoded")
+RECOVER = ("control", "join", "load", "respawn", "hashed")
 Act = tuple[str, int, int]
-PACE = dict.fromkeys(PROGRESS, 10.0) | {"deliver": 20.0, "report": 20.0, "persist": 10.0, "abort": 0.3}
+PACE = dict.fromkeys(PROGRESS, 10.0) | {"deliver": 20.0, "report": 20.0, "persist": 10.0, "written": 0.7, "abort": 0.3}
 REPAIR = {"go_on": 1.0, "heal": 0.5}
 FAULTS = tuple(kind for kind in (*TROUBLE, *DISASTER) if kind not in REPAIR)
 SHAPES = (
@@ -148,6 +151,22 @@ def main() -> int:
         f"{commits} commits, {generations} generations, {broken} broken"
     )
     return 1 if broken else 0
+
+
+def settled(shape: Shape | None = None) -> World:
+    world = World(shape or Shape(nodes=3))
+    world.settle(commits=1)
+    return world
+
+
+def until(world: World, done, *kinds: str) -> None:
+    """Let only these kinds of acts happen until something holds."""
+    for number in range(500):
+        if done():
+            return
+        for kind in kinds:
+            world.act(kind, number, number)
+    raise AssertionError(f"it never came to that: {world.describe()}")
 
 
 if __name__ == "__main__":

@@ -57,7 +57,7 @@ class Decoder:
         if into is not None and into.nbytes != stop - start:
             raise CheckpointError(f"rank {rank}: room for {into.nbytes} bytes to rebuild {stop - start}")
         out = np.empty(stop - start, np.uint8) if into is None else np.frombuffer(into, np.uint8)
-        at, step, block_bytes = start, piece_bytes(stripes), stripes.block_bytes
+        at, step, block_bytes = start, max(piece_bytes(stripes), stripes.chunk_bytes), stripes.block_bytes
         with ThreadPoolExecutor(min(self._lanes, stripes.num_data), "snapshot-decode") as pool:
             while at < stop:
                 block, offset = divmod(at, block_bytes)

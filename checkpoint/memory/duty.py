@@ -15,7 +15,7 @@ from windlass.checkpoint.memory.folder import NodeFolder
 from windlass.checkpoint.memory.groups import num_parity
 from windlass.checkpoint.memory.heartbeat import Phase, read_heartbeat
 from windlass.checkpoint.memory.membership import Membership
-from windlass.checkpoint.memory.peers import Own, Peers
+from windlass.checkpoint.memory.peers import Own, Peers, moves_name
 from windlass.checkpoint.memory.persisting import Persisting
 from windlass.checkpoint.memory.protect import Protector
 from windlass.checkpoint.memory.settings import Settings
@@ -49,7 +49,7 @@ class Duty:
     ) -> None:
         self.folder, self.slots, self.settings, self._log = folder, slots, settings, log
         self.term = Term(membership, folder.node, settings, base)
-        self.peers = Peers(membership, folder.node, folder.read_token, own, settings.peer_timeout_s)
+        self.peers = Peers(membership, folder, own, settings.peer_timeout_s)
         slots.expect(membership)
         self.protector = Protector(folder, slots, self.term, self.peers, log)
         self.watchdog = Watchdog(folder, membership.generation, settings, self._tell_stall, log)
@@ -58,7 +58,8 @@ class Duty:
         if self.term.ballot is not None:
             self.persisting = Persisting(folder, self.term, self.peers, self.writing, log)
             self.term.on_commit = self.persisting.committed
-        self.stirred = threading.Event()  # a slot has moved on: there is something to report
+        self.stirred = threading.Event()  # a slot has moved on or may: there is something to obey or to report
+        slots.on_unpinned = self.stirred.set
         self.filled = threading.Event()  # a slot has been hashed: there is something to protect
         self._obeyed = NOTHING
         self._discarded = False
@@ -126,9 +127,13 @@ class Duty:
         return Report(self.folder.node, self.term.generation, time.monotonic_ns(), held, passed)
 
     def _report(self) -> None:
+        """Obey, then report, whenever something has moved and every REPORT_S: a decree is obeyed for as long as it
+        holds, because what a write or another thread kept from being freed stays behind else, and no newer one comes.
+        """
         while not self._stopped.is_set():
             self.stirred.wait(REPORT_S)
             self.stirred.clear()
+            self._guarded("obeying", lambda: self.obey(self.term.decree))
             if not self.over and self.term.ranks and not self._guarded("voting", self._vote):
                 self._stopped.wait(RETRY_S)
 
@@ -160,7 +165,7 @@ class Duty:
                 continue
             if decree.sent > heard:
                 heard = decree.sent
-                self._guarded("obeying", lambda decree=decree: self.obey(decree))  # type: ignore[misc]
+                self.stirred.set()
 
     def _ask_leader(self, heard: int) -> Decree:
         fields = {"after": heard, "wait_s": LISTEN_S}
@@ -168,19 +173,19 @@ class Duty:
         return Decree.parse(self.peers.ask(self.term.leader, "decree", fields, timeout_s=timeout_s)[0]["decree"])
 
     def obey(self, decree: Decree) -> None:
-        """Carry out what was decided: mark, free, and delete what the generation before needed."""
+        """Carry out what was decided: mark, free, and delete what the generation before needed. Once more: what was
+        left of that. One thread.
+        """
         if self.over:
             return
         if decree.watermark > self._obeyed:
             for rank in self.term.ranks:
                 fault("smp.commit", rank=rank, step=decree.watermark, generation=self.term.generation)
-        marked, freed = self.slots.obey(decree)
+        _, freed = self.slots.obey(decree)
         if freed:
             for rank in self.term.ranks:
                 fault("smp.freed", rank=rank, step=decree.watermark, generation=self.term.generation)
         self._obeyed = max(self._obeyed, decree.watermark)
-        if marked or freed:
-            self.stirred.set()
         if decree.watermark > NOTHING and not self._discarded:
             for name in self.slots.discard(self.term.generation):
                 self._log(f"{name} is not needed any more")
@@ -190,9 +195,10 @@ class Duty:
                         f"membership-{generation}.json",
                         f"base-{generation}.json",
                         f"saved-{generation}.json",
+                        moves_name(generation),
                     ):
                         (self.folder.path / name).unlink(missing_ok=True)
-            self._discarded = True
+            self._discarded = not self.slots.pinned_before(self.term.generation)
 
     # -- watching ----------------------------------------------------------------------------------------------------
 

@@ -1,7 +1,7 @@
 """Makes the parity of one member of a redundancy group: pulls the others' bytes, combines them, says whose they are.
 
-Every byte pulled is compared with the hash that its owner made before it is combined. While one piece is combined the
-next is on its way, from several members at once, and no faster than the pace allows.
+Every chunk pulled is compared with the hash that its owner made, and parity counts only if all were right. While one
+piece is combined the next is on its way, from several members at once, and no faster than the pace allows.
 Must not know: sockets (bytes come through a Fetch), torch, votes.
 Source: SCR/redset (pipelined pieces, what is known of a member is also kept by its neighbours).
 Differs: a member pulls what it combines instead of taking part in a ring, so a slow or dead member delays only parity
@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from typing import TypeAlias
 
 import numpy as np
+import xxhash
 
 from windlass.checkpoint.memory.codes import Code
 from windlass.checkpoint.memory.header import OWN_PARITY, SlotHeader, State
@@ -25,7 +26,8 @@ from windlass.checkpoint.memory.stripes import DATA, PARITY, Block, Stripes
 from windlass.dist.errors import CheckpointError
 
 PIECE_BYTES = 2 << 20  # pulled from a member at a time
-SCRATCH_BYTES = 16 << 20  # pieces on their way or being combined, together
+SCRATCH_BYTES = 16 << 20  # pieces on their way or being combined, together, whatever the chunks are
+ALIGN = 64  # of pieces shorter than a chunk
 LANES = 4  # members pulled from at once
 
 # (rank, role, offset, into): fill `into` with bytes of that segment of that rank, of the snapshot that is meant.
@@ -52,10 +54,34 @@ def checked(fetch: Fetch, tables: Mapping[tuple[int, str], np.ndarray], chunk_by
     return fetch_checked
 
 
+def checked_in_order(
+    fetch: Fetch, tables: Mapping[int, np.ndarray], sizes: Mapping[int, int], chunk_bytes: int
+) -> Fetch:
+    """Return a fetch that compares the data of ranks with their hashes, in pieces that may be shorter than a chunk.
+
+    The pieces of one chunk must come in order, one at a time: what is wrong with it shows with the last of them.
+    """
+    begun: dict[tuple[int, int], xxhash.xxh3_64] = {}  # by rank and chunk
+
+    def fetch_checked(rank: int, role: str, offset: int, into: memoryview) -> None:
+        fetch(rank, role, offset, into)
+        end = offset + into.nbytes
+        for chunk in range(offset // chunk_bytes, num_chunks(end, chunk_bytes)):
+            low, high = chunk * chunk_bytes, min((chunk + 1) * chunk_bytes, sizes[rank])
+            running = begun.setdefault((rank, chunk), xxhash.xxh3_64())
+            running.update(into[max(low - offset, 0) : high - offset])
+            if high <= end and begun.pop((rank, chunk)).intdigest() != int(tables[rank][chunk]):
+                raise CheckpointError(f"rank {rank}, {role}: chunk {chunk} is damaged, in its memory or on its way")
+
+    return fetch_checked
+
+
 def piece_bytes(stripes: Stripes) -> int:
-    """Return how much of a block is pulled at a time: whole chunks, and no more scratch than there should be."""
+    """Return how much of a block is pulled at a time: whole chunks or a part of one, and no more scratch than there
+    should be.
+    """
     most = min(PIECE_BYTES, SCRATCH_BYTES // (2 * stripes.num_data))
-    return max(most // stripes.chunk_bytes, 1) * stripes.chunk_bytes
+    return most // stripes.chunk_bytes * stripes.chunk_bytes or most // ALIGN * ALIGN
 
 
 @dataclass(frozen=True)
@@ -81,12 +107,15 @@ def encode_parity(
     Blocks: host
     Raises: CheckpointError if bytes of a member cannot be had or are damaged; `out` is then worthless
     """
-    code, pace, step = Code(stripes.n, stripes.k), pace or Pace(), piece_bytes(stripes)
+    code, pace, step, chunk = Code(stripes.n, stripes.k), pace or Pace(), piece_bytes(stripes), stripes.chunk_bytes
+    span = max(step, chunk)
     pieces = [
         _Piece(stripes.stripe(stripes.stripe_of_parity(rank, index))[: stripes.num_data], index, low, high)
         for index in range(stripes.k)
-        for low in range(0, stripes.block_bytes, step)
-        for high in [min(low + step, stripes.block_bytes)]
+        for start in range(0, stripes.block_bytes, span)
+        for stop in [min(start + span, stripes.block_bytes)]
+        for low in range(start, stop, step)
+        for high in [min(low + step, stop)]
     ]
     if not pieces:
         return np.empty(0, "<u8")
@@ -115,7 +144,9 @@ def encode_parity(
                 start = piece.index * stripes.block_bytes
                 target = out[start + piece.low : start + piece.high]
                 code.encode_one(piece.index, piece.parts(scratch[number % 2]), target)
-                tables.append(hash_chunks(target, len(target), stripes.chunk_bytes))
+                if piece.high % chunk == 0:
+                    whole = out[start + piece.low // chunk * chunk : start + piece.high]
+                    tables.append(hash_chunks(whole, len(whole), chunk))
         finally:
             pool.shutdown(cancel_futures=True)
     return np.concatenate(tables)
@@ -147,7 +178,10 @@ def encode_slot(
     try:
         if not slot.write(begun):
             raise CheckpointError(f"rank {rank}: the parity slot for step {header.step} was taken by somebody else")
-        fetch = checked(fetch, {(r, DATA): member.hashes[r] for r, member in members.items()}, stripes.chunk_bytes)
+        tables = {r: member.hashes[r] for r, member in members.items()}
+        fetch = checked_in_order(
+            fetch, tables, dict(zip(stripes.ranks, stripes.sizes, strict=True)), stripes.chunk_bytes
+        )
         own = encode_parity(stripes, rank, fetch, slot.data[: stripes.parity_bytes], pace=pace, lanes=lanes)
         return _seal(slot, header, own, sequence + 1)
     finally:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
 
 from windlass.checkpoint.memory.encode import encode_slot, seal_slot
 from windlass.checkpoint.memory.folder import NodeFolder, SegmentFile
@@ -16,13 +17,15 @@ from windlass.checkpoint.memory.layout import Layout
 from windlass.checkpoint.memory.membership import Membership
 from windlass.checkpoint.memory.pace import Pace
 from windlass.checkpoint.memory.peers import Peers
-from windlass.checkpoint.memory.segment import Segment, Slot, parity_hashes, segment_bytes
+from windlass.checkpoint.memory.segment import Segment, Slot, num_chunks, parity_hashes, segment_bytes
 from windlass.checkpoint.memory.slots import NodeSlots
 from windlass.checkpoint.memory.stripes import DATA, PARITY, Stripes
 from windlass.checkpoint.memory.term import Term
+from windlass.checkpoint.memory.wire import MAX_PAYLOAD
 from windlass.dist.env import fault
 from windlass.dist.errors import CheckpointError
 
+HASH_BYTES = 8
 ATTEMPTS = 3  # with all peers there: then the step is given up
 
 
@@ -45,6 +48,35 @@ def check_room(folder: NodeFolder, slots: NodeSlots, membership: Membership) -> 
     needed = sum(segment_bytes(file.slot_bytes, file.num_slots, file.table_chunks) for file in missing)
     if missing:
         folder.check_room(needed, f"parity of ranks {[file.rank for file in missing]}")
+
+
+def check_headers(membership: Membership) -> None:
+    """Raise CheckpointError where the hashes of a header are more than one answer carries: nobody could fetch them
+    when a node is lost.
+    """
+    needed, works = _most_hash_bytes(membership), membership.chunk_bytes
+    if needed <= MAX_PAYLOAD:
+        return
+    while _most_hash_bytes(replace(membership, chunk_bytes=works)) > MAX_PAYLOAD:
+        works *= 2
+    largest = max(member.num_bytes for member in membership.members)
+    raise CheckpointError(
+        f"snapshot.chunk_bytes = {membership.chunk_bytes}: with {largest} bytes of state in a rank and groups of up to "
+        f"{max(map(len, membership.groups))}, one header has {needed} bytes of hashes; nodes can send each other "
+        f"{MAX_PAYLOAD}. Use snapshot.chunk_bytes={works}, with a snapshot.bucket_bytes that is a multiple of it"
+    )
+
+
+def _most_hash_bytes(membership: Membership) -> int:
+    stripes = [found for group in membership.groups if (found := membership.stripes_of(group[0])) is not None]
+    data = [num_chunks(member.num_bytes, membership.chunk_bytes) for member in membership.members]
+    return HASH_BYTES * max(*data, *map(parity_hashes, stripes), 0)
+
+
+class NotYet(Exception):
+    """A member is alive and its snapshot on its way: no failure, however long it takes. That its copy ends is the
+    business of its trainer's gate and of its watchdog; if it never does, the generation ends with it.
+    """
 
 
 class Protector:
@@ -85,6 +117,9 @@ class Protector:
                 fault("smp.encode", rank=rank, step=step, generation=self.term.generation)
                 self._protect_rank(rank, step)
                 fault("smp.encoded", rank=rank, step=step, generation=self.term.generation)
+        except NotYet as waiting:
+            self.problem = str(waiting)
+            return False
         except CheckpointError as error:
             self.problem = str(error)
             self._failed(step, self.problem)
@@ -194,10 +229,7 @@ class Protector:
             if answer.get("gone"):
                 raise CheckpointError(f"rank {rank} on {self._node_of(rank)} has no snapshot of step {step}")
             if time.monotonic() >= end:
-                raise CheckpointError(
-                    f"rank {rank} on {self._node_of(rank)} had not finished its snapshot of step {step} "
-                    f"within {timeout_s:g} s"
-                )
+                raise NotYet(f"rank {rank} on {self._node_of(rank)} is still taking its snapshot of step {step}")
 
     def _read(self, rank: int, step: int, offset: int, into: memoryview) -> None:
         fields = {**self._slot_fields(rank, step), "offset": offset, "length": into.nbytes}

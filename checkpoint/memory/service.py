@@ -13,6 +13,7 @@ import os
 import signal
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -26,7 +27,7 @@ from windlass.checkpoint.memory.hashing import Hasher
 from windlass.checkpoint.memory.header import State
 from windlass.checkpoint.memory.heartbeat import is_alive, process_started, read_heartbeat
 from windlass.checkpoint.memory.membership import Membership
-from windlass.checkpoint.memory.protect import check_room
+from windlass.checkpoint.memory.protect import check_headers, check_room
 from windlass.checkpoint.memory.settings import Settings
 from windlass.checkpoint.memory.slots import NodeSlots
 from windlass.checkpoint.memory.status import status_of
@@ -39,6 +40,8 @@ from windlass.dist.errors import CheckpointError
 TOUCH_S = 2.0  # between signs of life
 BUSY_S, IDLE_S = 0.002, 0.02  # between looks at slots
 ANSWER_S = 0.1  # for the answer to the request to end
+LANES = 8  # nodes told at once
+RETRY_S = 0.5
 REFRESH_S = 0.1  # between looks for segments
 DYING_S = 2.0  # the threads of a killed process are gone by then, and with them its port
 MAX_CONNECTIONS = 1024
@@ -146,6 +149,7 @@ class Service:
                 if self.duty.term.membership != membership:
                     raise CheckpointError(f"node {self.folder.node}: generation {generation} began with other members")
                 return
+            check_headers(membership)
             self.slots.expect(membership)
             self.slots.refresh()
             check_room(self.folder, self.slots, membership)
@@ -179,8 +183,7 @@ class Service:
         own = self._verbs.handle
         duty = Duty(self.folder, self.slots, membership, self.settings, base, persister, own, log)
         self.duty = duty.start()
-        host, port = membership.address_of(node)
-        if (host, port) != (self.served.host, self.served.port):
+        if duty.peers.moved(self.served):
             threading.Thread(target=self._announce, args=(self.duty,), name="snapshot-moved", daemon=True).start()
         threading.Thread(target=self._mark_storage, args=(self.duty, persister), daemon=True).start()
 
@@ -194,17 +197,18 @@ class Service:
             log(str(error))
 
     def _announce(self, duty: Duty) -> None:
-        """Tell the other nodes where this one listens now."""
+        """Tell each of the other nodes where this one listens now: they keep it for those that come after them."""
         waiting = [node for node in duty.peers.nodes if node != self.folder.node]
-        fields = {"node": self.folder.node, "host": self.served.host, "port": self.served.port}
-        while waiting and not duty.over:
-            for node in list(waiting):
-                try:
-                    duty.peers.ask(node, "moved", fields)
-                    waiting.remove(node)
-                except CheckpointError:
-                    continue
-            self._ending.wait(TOUCH_S)
+
+        def tell(node: str) -> None:
+            with contextlib.suppress(CheckpointError):  # it is being replaced, or moved as well: asked again
+                duty.peers.tell_moves(node)
+                waiting.remove(node)
+
+        with ThreadPoolExecutor(LANES, "snapshot-moved") as pool:  # several at once: one may not be there
+            while waiting and not duty.over:
+                list(pool.map(tell, list(waiting)))
+                self._ending.wait(RETRY_S if waiting else 0.0)
 
     def _resume(self) -> None:
         """Go on where a predecessor ended."""

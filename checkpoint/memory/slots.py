@@ -41,6 +41,7 @@ class NodeSlots:
         self._refused: set[int] = set()
         self._headers: dict[Slot, tuple[int, SlotHeader | None]] = {}
         self._pins: Counter[tuple[int, int]] = Counter()
+        self.on_unpinned: Callable[[], None] = lambda: None  # what a pin has kept may be freed now
         self._lock = threading.RLock()
 
     def expect(self, membership: Membership) -> None:
@@ -133,12 +134,20 @@ class NodeSlots:
             yield
         finally:
             with self._lock:
-                self._pins[generation, step] -= 1
+                self._pins -= Counter({(generation, step): 1})
+            self.on_unpinned()
+
+    def pinned_before(self, generation: int) -> bool:
+        """Whether something of an older generation is pinned still."""
+        with self._lock:
+            return any(pinned < generation for pinned, _ in self._pins)
 
     # -- freeing -----------------------------------------------------------------------------------------------------
 
     def obey(self, decree: Decree) -> tuple[bool, bool]:
         """Mark what is committed, then free what is superseded; return whether there was something of each kind.
+
+        To be called again for as long as the decree holds: what is pinned, or moves on while this looks at it, is left.
 
         Invariant:   nothing is freed before what supersedes it is marked
         """
@@ -193,12 +202,20 @@ class NodeSlots:
                 old = [(s, h) for s in shelf.segment.slots if (h := self.header(s)) and h.generation < generation]
                 for slot, header in old:
                     if (header.generation, header.step) not in (anchor, restored) or header.state < State.COPIED:
-                        slot.free(header)
+                        self._free_of(slot, header)
                 full = all(self.header(slot) is not None for slot in shelf.segment.slots)
                 for slot, header in old:
                     at = (header.generation, header.step)
                     if full and not shelf.retired and at == restored and at != anchor:
-                        slot.free(header)
+                        self._free_of(slot, header)
+
+    def _free_of(self, slot: Slot, header: SlotHeader) -> None:
+        """Free a slot for good, though threads of the generation before still move it on from state to state."""
+        now: SlotHeader | None = header
+        for _ in State:
+            if now is None or (now.generation, now.step) != (header.generation, header.step) or slot.free(now):
+                return
+            now = self.header(slot)
 
     def discard(self, generation: int) -> list[str]:
         """Delete the segments in which nothing of a generation rests, once that has committed a step: no rank fills

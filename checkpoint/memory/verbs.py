@@ -167,8 +167,8 @@ class Verbs:
         return {"decree": decree.dump()}, None
 
     def do_moved(self, fields: Fields, payload: memoryview) -> Answer:
-        self.process.on_duty().peers.moved(str(fields["node"]), str(fields["host"]), int(fields["port"]))
-        return {}, None
+        # Of just this generation: what the one before knows is forgotten with it.
+        return {}, self.process.on_duty(int(fields["generation"])).peers.exchange_moves(payload)
 
     def do_stalled(self, fields: Fields, payload: memoryview) -> Answer:
         watchdog = self.process.on_duty().watchdog

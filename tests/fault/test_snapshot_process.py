@@ -7,12 +7,16 @@ import os
 import signal
 import socket
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
 from tests.snapshot_nodes import CHUNK, Fleet, Node, fleet_of
 from tests.waiting import until
+from windlass.checkpoint.memory.client import SnapshotClient
+from windlass.checkpoint.memory.folder import SnapshotProcess
+from windlass.checkpoint.memory.peers import Peers
 from windlass.checkpoint.memory.settings import Settings
 from windlass.checkpoint.memory.supervise import Supervisor, ensure_snapshot_process
 
@@ -134,21 +138,94 @@ def test_a_process_killed_while_it_writes_a_checkpoint_is_asked_again(
     fleet.commit(3)
 
 
-def test_a_node_whose_process_comes_back_at_another_port_is_found_again(fleet: Fleet) -> None:
+# -- processes that come back elsewhere -------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def movers(fleet: Fleet) -> Fleet:
+    """Nodes that do not wait long for whoever has taken the port of another one, and does not answer."""
+    fleet.begin(settings=Settings(peer_timeout_s=1.0))
     fleet.commit(1)
-    moved = fleet.nodes[1]
-    moved.kill()
-    blockers: list[socket.socket] = []
+    return fleet
 
-    def taken() -> bool:
-        with contextlib.suppress(OSError):  # threads of the killed process still hold it
-            blockers.append(socket.create_server((moved.served.host, moved.served.port)))
-        return bool(blockers)
 
-    until(taken)
-    with blockers[0] as blocker:
-        moved.respawn()
-        assert moved.served.port != blocker.getsockname()[1]
-        fleet.snapshot(2)
-        until(lambda: fleet.nodes[0].client.status().newest["peers"] == 2)
-    assert ensure_snapshot_process(moved.folder).port == moved.served.port
+@contextmanager
+def killed_without_its_port(*nodes: Node) -> Iterator[None]:
+    """Kill processes and take their ports, so that their successors listen elsewhere."""
+    with contextlib.ExitStack() as blockers:
+        for node in nodes:
+            node.kill()
+
+            def taken(served: SnapshotProcess = node.served) -> bool:
+                with contextlib.suppress(OSError):  # threads of the killed process still hold it
+                    blockers.enter_context(socket.create_server((served.host, served.port)))
+                    return True
+                return False
+
+            until(taken)
+        yield
+
+
+def elsewhere(node: Node) -> None:
+    before = node.served
+    node.respawn()
+    assert node.served.port != before.port
+    node.client.close()
+    node.client = SnapshotClient.of(node.folder, node.generation)
+
+
+BOTH = [(1, 0), (0, 1)]  # the member or the leader moves
+
+
+@pytest.mark.parametrize(("moved", "other"), BOTH)
+def test_a_node_that_moved_is_known_to_the_successor_of_another_one(moved: int, other: int, movers: Fleet) -> None:
+    mover, replaced = movers.nodes[moved], movers.nodes[other]
+    with killed_without_its_port(mover):
+        elsewhere(mover)
+        movers.commit(2)
+        replaced.kill()
+        replaced.respawn()
+        movers.commit(3)
+
+
+@pytest.mark.parametrize(("moved", "other"), BOTH)
+def test_a_node_that_moves_while_another_one_is_replaced_is_found(moved: int, other: int, movers: Fleet) -> None:
+    mover, replaced = movers.nodes[moved], movers.nodes[other]
+    replaced.kill()
+    with killed_without_its_port(mover):
+        elsewhere(mover)
+        replaced.respawn()
+        movers.commit(2)
+
+
+def test_two_nodes_that_move_at_once_find_each_other_by_a_third(movers: Fleet) -> None:
+    first, second = movers.nodes[:2]
+    with killed_without_its_port(first, second):
+        elsewhere(first)
+        elsewhere(second)
+        movers.commit(2)
+
+
+def test_a_node_that_moves_again_is_found_where_it_was_last(movers: Fleet) -> None:
+    mover = movers.nodes[1]
+    with killed_without_its_port(mover):
+        elsewhere(mover)
+        movers.commit(2)
+        with killed_without_its_port(mover):
+            elsewhere(mover)
+            movers.commit(3)
+            known = [Peers(movers.membership, node.folder, nobody, 1.0).address_of(mover.name) for node in movers.nodes]
+            assert known == [(mover.served.host, mover.served.port)] * 3
+
+
+def nobody(verb: str, fields: dict[str, object], payload: memoryview) -> tuple[dict[str, object], None]:
+    raise AssertionError(verb)
+
+
+def test_a_node_whose_process_comes_back_at_another_port_is_found_again(movers: Fleet) -> None:
+    mover = movers.nodes[1]
+    with killed_without_its_port(mover):
+        elsewhere(mover)
+        movers.snapshot(2)
+        until(lambda: movers.nodes[0].client.status().newest["peers"] == 2)
+    assert ensure_snapshot_process(mover.folder).port == mover.served.port

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
-import threading
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,16 +19,18 @@ from tests.snapshot_nodes import CHUNK, JOB, Fleet, Node, data_of, fleet_of
 from tests.waiting import until
 from windlass.checkpoint.memory import pids
 from windlass.checkpoint.memory.client import SnapshotClient
+from windlass.checkpoint.memory.duty import RETRY_S, Duty
 from windlass.checkpoint.memory.folder import NodeFolder
 from windlass.checkpoint.memory.header import SlotHeader, State
 from windlass.checkpoint.memory.heartbeat import is_alive, process_started
+from windlass.checkpoint.memory.membership import Member, Membership
 from windlass.checkpoint.memory.persisting import Cadence
-from windlass.checkpoint.memory.pids import resident_bytes
-from windlass.checkpoint.memory.protect import check_room
+from windlass.checkpoint.memory.protect import check_headers, check_room
 from windlass.checkpoint.memory.segment import Segment
 from windlass.checkpoint.memory.settings import Settings
 from windlass.checkpoint.memory.slots import NodeSlots
-from windlass.checkpoint.memory.supervise import Supervisor, ensure_snapshot_process
+from windlass.checkpoint.memory.supervise import ensure_snapshot_process
+from windlass.checkpoint.memory.votes import Report
 from windlass.checkpoint.reader import CheckpointReader
 from windlass.dist.errors import CheckpointError
 
@@ -54,100 +56,6 @@ def node(tmp_path: Path) -> Iterator[Node]:
     node = Node(tmp_path, "node-0", 1, 1)
     yield node
     node.end()
-
-
-# -- its life --------------------------------------------------------------------------------------------------------
-
-
-def test_an_idle_process_stays_below_64_mib_and_never_loads_torch(node: Node) -> None:
-    assert node.client.hello()["node"] == "node-0"
-    held = resident_bytes(node.served.pid)
-    assert sum(held.values()) < 64 * MIB, held
-    assert "libtorch" not in Path(f"/proc/{node.served.pid}/maps").read_text()
-
-
-def test_any_number_of_callers_at_once_start_one_process(tmp_path: Path) -> None:
-    folder = NodeFolder(tmp_path, JOB, "node-0").create("22" * 32)
-    served = []
-    threads = [threading.Thread(target=lambda: served.append(ensure_snapshot_process(folder))) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    try:
-        assert len({(s.pid, s.port) for s in served}) == 1 and len(served) == 4
-    finally:
-        pids.kill([(s.pid, s.started) for s in served], 5.0)
-
-
-def test_it_outlives_its_starter_with_all_its_children_and_session(tmp_path: Path) -> None:
-    folder = NodeFolder(tmp_path, JOB, "node-0").create("22" * 32)
-    code = (
-        "import sys, time\n"
-        "from windlass.checkpoint.memory.folder import NodeFolder\n"
-        "from windlass.checkpoint.memory.supervise import ensure_snapshot_process\n"
-        "print(ensure_snapshot_process(NodeFolder.at(sys.argv[1])).pid, flush=True)\n"
-        "time.sleep(60)\n"
-    )
-    starter = subprocess.Popen(
-        [sys.executable, "-c", code, str(folder.path)], stdout=subprocess.PIPE, cwd=ROOT, start_new_session=True
-    )
-    assert starter.stdout is not None
-    pid = int(starter.stdout.readline())
-    os.killpg(starter.pid, signal.SIGKILL)
-    starter.wait()
-    starter.stdout.close()
-    served = folder.read_smp()
-    assert served is not None and served.pid == pid and served.alive
-    assert os.getsid(pid) != starter.pid
-    try:
-        with SnapshotClient.of(folder, 1) as client:
-            assert client.hello()["pid"] == pid
-    finally:
-        pids.kill([(pid, served.started)], 5.0)
-
-
-def test_it_ends_when_its_folder_is_gone(node: Node) -> None:
-    node.folder.remove()
-    until(lambda: not node.served.alive)
-    assert not node.folder.path.exists()
-
-
-def test_it_removes_what_nobody_needs_any_more_and_ends(tmp_path: Path) -> None:
-    folder = NodeFolder(tmp_path, JOB, "node-0").create("22" * 32)
-    Settings(lease_s=0.2).keep_in(folder)
-    served = ensure_snapshot_process(folder)
-    until(lambda: not served.alive)
-    assert not folder.path.exists()
-
-
-def test_stopping_it_leaves_the_snapshots_unless_they_are_to_be_removed(node: Node) -> None:
-    node.client.stop(remove=False)
-    until(lambda: not node.served.alive)
-    assert node.folder.path.exists()
-    node.respawn()
-    with SnapshotClient.of(node.folder) as client:
-        client.stop(remove=True)
-    until(lambda: not node.served.alive)
-    assert not node.folder.path.exists()
-
-
-def test_a_stopped_process_is_replaced_and_a_healthy_one_is_left_alone(node: Node) -> None:
-    supervisor = Supervisor(node.folder)
-    assert not supervisor.check()
-    os.kill(node.served.pid, signal.SIGSTOP)
-    until(lambda: pids.letter(node.served.pid) == pids.STOPPED)
-    assert supervisor.check()
-    after = node.folder.read_smp()
-    assert after is not None and after.pid != node.served.pid and after.port == node.served.port
-    assert not node.served.alive, "two writers must never be"
-
-
-def test_one_that_cannot_start_says_why_with_the_end_of_its_log(tmp_path: Path) -> None:
-    folder = NodeFolder(tmp_path, JOB, "node-0").create("22" * 32)
-    (folder.path / "settings.json").write_text('{"hang_s": "soon"}')
-    with pytest.raises(CheckpointError, match=r"did not begin to serve(.|\n)*hang_s = 'soon'"):
-        ensure_snapshot_process(folder, timeout_s=2.0)
 
 
 # -- generations -----------------------------------------------------------------------------------------------------
@@ -337,6 +245,87 @@ def test_a_step_that_can_never_be_protected_is_given_up_with_its_parity(tmp_path
     assert slots.abort(1, 8, [0]) == [0]
     assert slots.abort(1, 7, [0]) == [], "a step that this node has voted for stays"
     assert {(h.role, h.step) for _, h in slots.held()} == {("data", 7), ("parity", 7)}
+
+
+def test_a_write_under_way_that_outlives_the_last_decree_gives_its_slot_back(
+    fleet: Fleet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        adopt = SnapshotClient.adopt
+
+        def adopt_with_a_drive(client: SnapshotClient, membership: Membership, *given: Any, **named: Any) -> None:
+            first = client is fleet.nodes[0].client  # the other node has none, so each step is given up
+            own = Settings(
+                peer_timeout_s=5.0,
+                local_every=1000,
+                local_dir=str(tmp_path / "drive") if first else "/proc/nope",
+                bandwidth_bytes_per_s=25e3,
+            )
+            adopt(client, membership, None, own)
+
+        patch.setattr(SnapshotClient, "adopt", adopt_with_a_drive)
+        fleet.begin()
+    fleet.commit(1000)
+    until(fleet.ready)
+    fleet.snapshot(1001)
+    until(lambda: all(node.client.status().newest["peers"] == 1001 for node in fleet.nodes))
+    until(lambda: "1000" in fleet.nodes[0].client.status().last_error)
+    assert not fleet.ready(), "node-0 is still writing step 1000"
+    fleet.commit(1002)
+
+
+def test_a_slot_that_moved_on_while_it_was_to_be_freed_goes_all_the_same(tmp_path: Path) -> None:
+    folder = NodeFolder(tmp_path, JOB, "node-0").create()
+    members = tuple(Member(rank, f"node-{rank}", "", "127.0.0.1", 9, "0" * 32, 64) for rank in range(2))
+    membership = Membership(JOB, 1, 2, "none", 1, ((0,), (1,)), members, False, 64)
+    segment = Segment.create(folder.segment_path("data", 0, 64, 2, 1), "data", 0, 64, 2, 64, 1)
+    segment.slots[0].write(SlotHeader(JOB, 1, 5, 0, 2, "data", "", 64, 64, State.COPIED))
+    slots = NodeSlots(folder, print)
+    slots.refresh()
+    slot = next(slot for slot, _ in slots.held())
+    free, tries = slot.free, []
+
+    def free_too_late(header: SlotHeader, wait_s: float = 1.0) -> bool:
+        tries.append(header)
+        if len(tries) == 1:
+            slot.write(replace(header, state=State.FILLED))
+        return free(header, wait_s)
+
+    slot.free = free_too_late  # type: ignore[method-assign]
+    no_persister: Any = None
+    duty = Duty(folder, slots, membership, Settings(), 0, no_persister, lambda *request: ({}, None), print).start()
+    try:
+        duty.term.hear(Report("node-1", 1, 1, {1: {}}, {1: 5}))
+        until(lambda: len(tries) > 1 and not list(slots.held()))
+    finally:
+        duty.stop()
+
+
+def test_a_step_that_one_rank_copies_slowly_is_waited_for(fleet: Fleet) -> None:
+    fleet.begin(settings=Settings(peer_timeout_s=0.3))
+    quick, slow = fleet.ranks
+    quick.snapshot(1)
+    slow.snapshot(1, copied=CHUNK)
+    until(lambda: "rank 1 on node-1 is still taking" in fleet.nodes[0].client.status().last_error)
+    time.sleep(4 * (0.3 + RETRY_S))  # more often than a step may fail
+    slot = next(s for s in slow.segment.slots if (h := s.header()) is not None and h.step == 1)
+    header = slot.header()
+    assert header is not None
+    slot.data[:] = data_of(1, 1, slow.num_bytes)
+    slot.progress = slow.num_bytes
+    slot.write(replace(header, state=State.COPIED))
+    until(lambda: fleet.committed(1))
+    assert fleet.nodes[0].client.status().last_error == ""
+
+
+def test_headers_that_no_answer_carries_are_refused_before_anything_is_freed(fleet: Fleet) -> None:
+    fleet.commit(1)
+    large = tuple(replace(member, num_bytes=40 << 30) for member in fleet.membership.members)
+    membership = replace(fleet.membership, generation=fleet.generation + 1, members=large, chunk_bytes=8192)
+    with pytest.raises(CheckpointError, match=r"chunk_bytes = 8192: .* 125829120 bytes .*chunk_bytes=16384"):
+        fleet.nodes[0].client.adopt(membership)
+    check_headers(replace(membership, chunk_bytes=16384))
+    assert fleet.nodes[0].states()[fleet.generation, 0, 1] == "COMMITTED"
 
 
 def test_a_process_that_was_killed_takes_its_old_port_and_goes_on(fleet: Fleet) -> None:

@@ -5,9 +5,6 @@
 
 from __future__ import annotations
 
-import random
-from dataclasses import replace
-
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -15,13 +12,17 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 
 from tests.protocol_faults import DISASTER, TROUBLE
 from tests.protocol_model import PROGRESS, World
-from tests.protocol_parts import Key, Rules, Segment, Shape, Shelves, Slot, Violation
-from tests.protocol_schedules import SHAPES, Broken, explore, play, schedule, shorten
+from tests.protocol_parts import Rules, Shape, Violation
+from tests.protocol_schedules import (
+    FILL,
+    PROTECT,
+    RECOVER,
+    SHAPES,
+    explore,
+    settled,
+    until,
+)
 from windlass.checkpoint.memory.header import State
-from windlass.checkpoint.memory.inventory import choose
-from windlass.checkpoint.memory.term import Term
-from windlass.checkpoint.memory.votes import NOTHING, Ballot
-from windlass.launch.decide import Restart, decide
 
 NUMBERS = st.integers(0, 63)
 
@@ -66,199 +67,6 @@ class Protocol(RuleBasedStateMachine):
 
 Protocol.TestCase.settings = settings(max_examples=40, stateful_step_count=20, deadline=None, derandomize=True)
 TestProtocol = Protocol.TestCase
-
-
-def settled(shape: Shape | None = None) -> World:
-    world = World(shape or Shape(nodes=3))
-    world.settle(commits=1)
-    return world
-
-
-def until(world: World, done, *kinds: str) -> None:
-    """Let only these kinds of acts happen until something holds."""
-    for number in range(500):
-        if done():
-            return
-        for kind in kinds:
-            world.act(kind, number, number)
-    raise AssertionError(f"it never came to that: {world.describe()}")
-
-
-FILL = ("update", "take", "copied", "hashed")
-PROTECT = (*FILL, "encode", "encoded")
-RECOVER = ("control", "join", "load", "respawn", "hashed")
-
-
-# -- the model notices when a rule is broken ---------------------------------------------------------------------------
-
-
-def breaks(rules: Rules, invariant: str, *shapes: Shape, schedules: int = 300, length: int = 200) -> bool:
-    """Return whether some schedule violates an invariant under these rules."""
-    for seed in range(schedules):
-        try:
-            schedule(seed, length, shapes[seed % len(shapes)], rules)
-        except Broken as error:
-            if f" {invariant}:" in f" {error.args[0]}" or f"{invariant}," in error.args[0]:
-                return True
-    return False
-
-
-def test_a_slot_picked_although_it_is_the_newest_committed_is_noticed():
-    def oldest(segment: Segment, generation: int) -> Slot:
-        return min(segment.slots, key=lambda slot: (slot.state, slot.key or (0, 0)))
-
-    assert breaks(Rules(pick=oldest), "I3", Shape(nodes=3))
-
-
-def test_freeing_all_but_the_restored_step_is_noticed():
-    assert breaks(Rules(begin=lambda shelves, _, run: free_all(shelves, run.base_key)), "I3", Shape(nodes=3))
-
-
-def free_all(shelves: Shelves, but: Key | None) -> None:
-    for slot, header in list(shelves.held()):
-        if slot.key != but:
-            slot.free(header)
-
-
-def test_a_node_that_keeps_only_what_it_knows_itself_to_be_committed_is_noticed():
-    def begin(shelves: Shelves, generation: int, run) -> None:
-        shelves.begin(generation, run.base_key, None)
-
-    assert breaks(Rules(begin=begin), "I3", Shape(nodes=2))
-
-
-def test_a_commit_by_a_majority_is_noticed():
-    class Majority(Ballot):
-        def newest(self, state: State) -> int:
-            counts: dict[int, int] = {}
-            for steps in self._held().values():
-                for step, found in steps.items():
-                    counts[step] = counts.get(step, 0) + (found >= state)
-            return max((s for s, n in counts.items() if 2 * n > sum(map(len, self.ranks.values()))), default=NOTHING)
-
-    assert breaks(Rules(term=with_ballot(Majority)), "I3", Shape(nodes=3))
-
-
-def test_a_commit_of_what_is_hashed_but_not_encoded_is_noticed():
-    class Early(Ballot):
-        def newest(self, state: State) -> int:
-            return super().newest(State.FILLED)
-
-    assert breaks(Rules(term=with_ballot(Early)), "I3", Shape(nodes=3))
-
-
-def with_ballot(ballot: type[Ballot]):
-    def term(world, node: str) -> Term:
-        made = Term(world, node, None, NOTHING)
-        if made.ballot is not None:
-            made.ballot = ballot(made.ballot.generation, made.ballot.ranks)
-        return made
-
-    return term
-
-
-def test_freeing_by_step_alone_when_a_new_generation_goes_on_is_noticed():
-    def obey(shelves: Shelves, decree) -> None:
-        Shelves.obey(shelves, decree)
-        for slot, header in list(shelves.held()):
-            if header.step < decree.watermark or header.generation < decree.generation:
-                slot.free(header)
-
-    assert breaks(Rules(obey=obey), "I3", Shape(nodes=3))
-
-
-def zombie_that_copies(rules: Rules) -> World:
-    """Return a world whose next generation takes the slot into which a stopped rank was copying."""
-    world = World(Shape(nodes=2), rules)
-    world.settle(commits=1)
-    until(world, lambda: all(t.copying for t in world.run.trainers), "update", "take")
-    zombie = world.run.trainers[1]
-    zombie.stopped = True
-    until(world, lambda: world.run.generation == 2 and all(t.copying for t in world.run.trainers), *RECOVER)
-    zombie.stopped = False
-    return world
-
-
-def test_a_fence_kills_whoever_could_still_write():
-    world = zombie_that_copies(Rules())
-    assert not any(t.alive for t in world.runs[0].trainers)
-    world.settle(commits=1)
-    assert world.truth.protected[0] == 2
-
-
-def test_a_slot_is_not_filled_anew_while_whoever_filled_it_may_live():
-    with pytest.raises(Violation, match="no slot for what it restored"):
-        zombie_that_copies(Rules(fence_kills=False))
-
-
-def test_a_zombie_that_writes_into_a_slot_of_its_successor_is_noticed():
-    world = zombie_that_copies(Rules(fence_kills=False, claims=False))
-    with pytest.raises(Violation, match="I5"):
-        until(world, lambda: False, "copied")
-
-
-def test_restoring_a_lower_step_than_possible_is_noticed():
-    def lowest(held, worlds, saved=(), **options):
-        held = sorted(held)
-        return choose(held[: len(held) // 2], worlds, saved, **options)
-
-    assert breaks(Rules(choose=lowest), "I9", Shape(nodes=3))
-
-
-def test_combining_copies_of_two_generations_is_noticed():
-    def mixed(held, worlds, saved=(), **options):
-        held = list(held)
-        newest = max((h.generation for h in held), default=0)
-        return choose([replace(h, generation=newest) for h in held], worlds, saved, **options)
-
-    assert breaks(Rules(choose=mixed), "I9", Shape(nodes=2))
-
-
-def test_damaged_bytes_that_are_taken_for_good_are_noticed():
-    def trusting(held, worlds, saved=(), **options):
-        held = list(held)
-        copies = {(h.rank, h.role) for h in held}
-        step = max(((h.generation, h.step) for h in held), default=None)
-        missing = [replace(held[0], rank=0, role="data", generation=step[0], step=step[1])] if step else []
-        return choose(held + [h for h in missing if (0, "data") not in copies], worlds, saved, **options)
-
-    assert breaks(Rules(choose=trusting), "I9", Shape(nodes=3, scheme="none", spares=2))
-
-
-def test_a_decision_that_depends_on_more_than_the_log_is_noticed():
-    coin = random.Random(0)
-
-    def moody(history, nodes, limits, **options):
-        decision = decide(history, nodes, limits, **options)
-        mood = coin.random() < 0.5
-        return replace(decision, why="because") if isinstance(decision, Restart) and mood else decision
-
-    assert breaks(Rules(decide=moody), "I13", Shape(nodes=3))
-
-
-# -- what a schedule is ------------------------------------------------------------------------------------------------
-
-
-def test_a_schedule_is_the_same_whenever_it_is_played():
-    shape = SHAPES[1]
-    first, acts = schedule(1, 80, shape)
-    again = play(acts, shape, settled=True)
-    assert again.truth.protected == first.truth.protected and again.log == first.log
-
-
-def test_a_schedule_that_breaks_something_is_shortened():
-    rules, shape = Rules(begin=lambda shelves, _, run: free_all(shelves, run.base_key)), Shape(nodes=2)
-    for seed in range(400):
-        try:
-            schedule(seed, 80, shape, rules)
-        except Broken as error:
-            acts = error.args[1]
-            break
-    settled = seed % 4 > 0
-    short = shorten(acts, shape, rules, settled=settled)
-    assert len(short) < len(acts) / 2
-    with pytest.raises(Violation):
-        play(short, shape, rules, settled=settled)
 
 
 # -- the cases of which the design speaks ------------------------------------------------------------------------------
@@ -381,7 +189,7 @@ def test_when_memory_is_lost_the_newest_checkpoint_in_storage_is_taken():
 
 def test_a_rollback_is_kept_to_whatever_fails_next_and_its_batches_stay_left_out():
     world = settled(Shape(nodes=2, spares=1, slots=3, persist_every=1))
-    until(world, lambda: len(world.storage) >= 3, *PROTECT, "report", "deliver", "persist")
+    until(world, lambda: len(world.storage) >= 3, *PROTECT, "report", "deliver", "persist", "written")
     assert world.act("roll_back", 2)
     record = next(r for r in world.log if r["kind"] == "rollback")
     until(world, lambda: recovered(world), *RECOVER, "copied")
@@ -402,9 +210,53 @@ def test_a_step_on_its_way_into_storage_stays_in_memory_until_it_is_there():
     key, commits = world.persists[0].key, world.truth.num_commits
     until(world, lambda: world.truth.num_commits > commits + 1, *PROTECT, "report", "deliver")
     assert world.truth.protected > key and key in world.truth.restorable()
-    until(world, lambda: key in world.storage, "persist")
+    until(world, lambda: key in world.storage, "persist", "written")
     until(world, lambda: key not in world.truth.restorable(), *PROTECT, "report", "deliver")
     assert world.truth.content(world.truth.protected) != world.storage[key]
+
+
+@pytest.mark.parametrize("again", [True, False])
+def test_a_write_that_outlives_the_last_decree_leaves_no_slot_behind(again):
+    world = World(Shape(nodes=2, spares=0, persist_every=1), Rules(again=again))
+    until(world, lambda: len(world.writes) == 2, *PROGRESS[:-1])
+    assert world.act("fail_persist") and world.act("written")  # one node has failed, the other one is still writing
+    commits = world.truth.num_commits
+    until(world, lambda: world.truth.num_commits > commits, *PROTECT, "report", "deliver")
+    world.act("fail_persist")
+    tell_everybody(world)
+    assert ends_in_commits(world) is again
+
+
+@pytest.mark.parametrize("again", [True, False])
+def test_a_slot_that_moves_on_while_it_is_to_be_freed_is_not_left_behind(again):
+    world = World(Shape(nodes=2, spares=0), Rules(again=again))
+    world.settle(commits=1)
+    until(world, lambda: world.run.trainers[0].copying or world.run.trainers[1].copying, "update", "take")
+    run = world.run
+    taker = next(t for t in run.trainers if t.copying)
+    for trainer in run.takers:  # it will never have the step
+        world.nodes[trainer.node].beats[run.generation, trainer.rank] = run.step
+    run.takers = []
+    world.act("copied")
+    slot = next(s for s in world.nodes[taker.node].slots("data", taker.rank, 2) if s.state == State.COPIED)
+    slot.moving = True
+    tell_everybody(world)
+    assert ends_in_commits(world) is again
+
+
+def tell_everybody(world: World) -> None:
+    """Let all nodes hear of everything, so that nothing is left to decide."""
+    for number in range(20):
+        for kind in ("report", "report", "deliver", "deliver"):
+            world.act(kind, number)
+
+
+def ends_in_commits(world: World) -> bool:
+    try:
+        world.settle(commits=2)
+    except Violation:
+        return False
+    return True
 
 
 def test_parity_that_trainers_make_themselves_protects_as_well():

@@ -1,0 +1,124 @@
+"""The snapshot process of a node from start to end: one per node, outliving its starter, gone when nobody needs it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.snapshot_nodes import JOB, Node
+from tests.waiting import until
+from windlass.checkpoint.memory import pids
+from windlass.checkpoint.memory.client import SnapshotClient
+from windlass.checkpoint.memory.folder import NodeFolder
+from windlass.checkpoint.memory.pids import resident_bytes
+from windlass.checkpoint.memory.settings import Settings
+from windlass.checkpoint.memory.supervise import Supervisor, ensure_snapshot_process
+from windlass.dist.errors import CheckpointError
+
+MIB = 1 << 20
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def node(tmp_path: Path) -> Iterator[Node]:
+    node = Node(tmp_path, "node-0", 1, 1)
+    yield node
+    node.end()
+
+
+def test_an_idle_process_stays_below_64_mib_and_never_loads_torch(node: Node) -> None:
+    assert node.client.hello()["node"] == "node-0"
+    held = resident_bytes(node.served.pid)
+    assert sum(held.values()) < 64 * MIB, held
+    assert "libtorch" not in Path(f"/proc/{node.served.pid}/maps").read_text()
+
+
+def test_any_number_of_callers_at_once_start_one_process(tmp_path: Path) -> None:
+    folder = NodeFolder(tmp_path, JOB, "node-0").create("22" * 32)
+    served = []
+    threads = [threading.Thread(target=lambda: served.append(ensure_snapshot_process(folder))) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    try:
+        assert len({(s.pid, s.port) for s in served}) == 1 and len(served) == 4
+    finally:
+        pids.kill([(s.pid, s.started) for s in served], 5.0)
+
+
+def test_it_outlives_its_starter_with_all_its_children_and_session(tmp_path: Path) -> None:
+    folder = NodeFolder(tmp_path, JOB, "node-0").create("22" * 32)
+    code = (
+        "import sys, time\n"
+        "from windlass.checkpoint.memory.folder import NodeFolder\n"
+        "from windlass.checkpoint.memory.supervise import ensure_snapshot_process\n"
+        "print(ensure_snapshot_process(NodeFolder.at(sys.argv[1])).pid, flush=True)\n"
+        "time.sleep(60)\n"
+    )
+    starter = subprocess.Popen(
+        [sys.executable, "-c", code, str(folder.path)], stdout=subprocess.PIPE, cwd=ROOT, start_new_session=True
+    )
+    assert starter.stdout is not None
+    pid = int(starter.stdout.readline())
+    os.killpg(starter.pid, signal.SIGKILL)
+    starter.wait()
+    starter.stdout.close()
+    served = folder.read_smp()
+    assert served is not None and served.pid == pid and served.alive
+    assert os.getsid(pid) != starter.pid
+    try:
+        with SnapshotClient.of(folder, 1) as client:
+            assert client.hello()["pid"] == pid
+    finally:
+        pids.kill([(pid, served.started)], 5.0)
+
+
+def test_it_ends_when_its_folder_is_gone(node: Node) -> None:
+    node.folder.remove()
+    until(lambda: not node.served.alive)
+    assert not node.folder.path.exists()
+
+
+def test_it_removes_what_nobody_needs_any_more_and_ends(tmp_path: Path) -> None:
+    folder = NodeFolder(tmp_path, JOB, "node-0").create("22" * 32)
+    Settings(lease_s=0.2).keep_in(folder)
+    served = ensure_snapshot_process(folder)
+    until(lambda: not served.alive)
+    assert not folder.path.exists()
+
+
+def test_stopping_it_leaves_the_snapshots_unless_they_are_to_be_removed(node: Node) -> None:
+    node.client.stop(remove=False)
+    until(lambda: not node.served.alive)
+    assert node.folder.path.exists()
+    node.respawn()
+    with SnapshotClient.of(node.folder) as client:
+        client.stop(remove=True)
+    until(lambda: not node.served.alive)
+    assert not node.folder.path.exists()
+
+
+def test_a_stopped_process_is_replaced_and_a_healthy_one_is_left_alone(node: Node) -> None:
+    supervisor = Supervisor(node.folder)
+    assert not supervisor.check()
+    os.kill(node.served.pid, signal.SIGSTOP)
+    until(lambda: pids.letter(node.served.pid) == pids.STOPPED)
+    assert supervisor.check()
+    after = node.folder.read_smp()
+    assert after is not None and after.pid != node.served.pid and after.port == node.served.port
+    assert not node.served.alive, "two writers must never be"
+
+
+def test_one_that_cannot_start_says_why_with_the_end_of_its_log(tmp_path: Path) -> None:
+    folder = NodeFolder(tmp_path, JOB, "node-0").create("22" * 32)
+    (folder.path / "settings.json").write_text('{"hang_s": "soon"}')
+    with pytest.raises(CheckpointError, match=r"did not begin to serve(.|\n)*hang_s = 'soon'"):
+        ensure_snapshot_process(folder, timeout_s=2.0)
