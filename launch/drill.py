@@ -14,6 +14,8 @@ from windlass.dist.errors import ConfigError
 
 BY_RANK = ("rank", "stop")
 BY_NODE = ("smp", "agent", "node", "zombie", "reboot")
+ONLY_RAY = ("agent", "controller")  # without it the launcher is both, and the run ends with it
+LOSING = ("node", "zombie")
 STOPPING = ("rank", "stop", "node", "zombie", "reboot")  # training cannot go on without what they hit
 KINDS = (*BY_RANK, *BY_NODE, "controller")
 _FORM = re.compile(r"(\w+)=([\w.-]+)@step=(\d+)")
@@ -46,18 +48,56 @@ class Strike:
         return f"{self.kind}={self.target}@step={self.step}"
 
 
-def check_strikes(strikes: Sequence[Strike], *, workers: int, steps: int, processes: bool) -> None:
-    """Check strikes against the job before anything starts; `processes`: it has snapshot processes.
+@dataclass(frozen=True)
+class Targets:
+    """What a job has that can be struck.
+
+    `processes`: it has snapshot processes. `nodes`: all that it will ever have; empty where only the cluster knows.
+    """
+
+    workers: int
+    steps: int
+    processes: bool
+    ray: bool
+    nodes: tuple[str, ...]
+
+
+def check_strikes(strikes: Sequence[Strike], targets: Targets) -> None:
+    """Check strikes against the job before anything starts.
 
     Raises:      ConfigError naming the strike and a value that works
     """
-    for strike in strikes:
-        if strike.kind in BY_RANK and int(strike.target) >= workers:
-            raise ConfigError(f"--kill {strike}: there are only {workers} workers. Use {strike.kind}={workers - 1}")
-        if not 0 < strike.step < steps:
-            raise ConfigError(f"--kill {strike}: the run has train.steps = {steps}. Use a step from 1 to {steps - 1}")
-        if strike.kind == "smp" and not processes:
-            raise ConfigError(f"--kill {strike}: this job has no snapshot processes. Add snapshot.every=1")
+    lost: dict[str, Strike] = {}
+    for strike in sorted(strikes, key=lambda strike: strike.step):
+        if problem := _problem(strike, targets):
+            raise ConfigError(f"--kill {strike}: {problem}")
+        if targets.nodes and strike.kind in BY_NODE and strike.target in lost:
+            raise ConfigError(f"--kill {strike}: {lost[strike.target]} has taken that node away. Use another one")
+        if strike.kind in LOSING:
+            lost[strike.target] = strike
+
+
+def _problem(strike: Strike, has: Targets) -> str:
+    """Return why a strike cannot happen, and what can."""
+    kind, steps = strike.kind, has.steps
+    cases = (
+        (kind in ONLY_RAY and not has.ray, f"the launcher is the {kind}, and the run ends with it. Add --ray local"),
+        (
+            kind in BY_RANK and int(strike.target) >= has.workers,
+            f"there are only {has.workers} workers. Use {kind}={has.workers - 1}",
+        ),
+        (
+            kind in BY_NODE and bool(has.nodes) and strike.target not in has.nodes,
+            f"there is no such node. Use one of {', '.join(has.nodes)}, or more launch.nodes or launch.spares",
+        ),
+        (not 0 < strike.step < steps, f"the run has train.steps = {steps}. Use a step from 1 to {steps - 1}"),
+        (kind == "smp" and not has.processes, "this job has no snapshot processes. Add snapshot.every=1"),
+        (
+            kind == "stop" and not has.processes,
+            "nobody would notice: snapshot processes look for hangs, and this job has none. Add snapshot.every=1",
+        ),
+    )
+    return next((problem for wrong, problem in cases if wrong), "")
 
 
 def all_done(strikes: Sequence[Strike], records: Sequence[Mapping[str, Any]]) -> bool:

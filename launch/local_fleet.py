@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, final
 
 from windlass.dist.env import ProcessEnv
 from windlass.dist.errors import CheckpointError, ConfigError
-from windlass.launch.drill import BY_RANK
+from windlass.launch.drill import BY_RANK, ONLY_RAY
 from windlass.launch.failure import Failure
 from windlass.launch.fleet import Node, Seating
 from windlass.launch.local import LaunchConfig, LocalWorkers, StartProcess, WorkerCommand, WorkerProcess, send_to_group
@@ -136,46 +136,49 @@ class LocalFleet:
         self._folder.cleanup()
 
     def strike(self, kind: str, target: str) -> str:
+        if kind in ONLY_RAY:
+            raise ConfigError(
+                f"--kill {kind}={target}: without Ray the launcher is the {kind}, and the run ends with it"
+            )
         if kind in BY_RANK:
-            process = self._process(int(target))
+            process = self._process(kind, int(target))
             os.kill(process.pid, signal.SIGKILL if kind == "rank" else signal.SIGSTOP)
             return f"rank {target} (process {process.pid}) {'killed' if kind == 'rank' else 'stopped'}"
-        if kind == "controller":
-            raise ConfigError(f"--kill {kind}={target}: without Ray the launcher is the controller, and ends the run")
-        machine = self._machine(target)
-        name = machine.node.name
-        if kind == "smp" and machine.memory is not None:
-            return f"snapshot process of {name} (process {machine.memory.kill()}) killed"
-        if kind not in ("node", "zombie", "reboot"):
-            what = "snapshot processes (snapshot.every=1)" if kind == "smp" else f"{kind}: the launcher itself is it"
-            raise ConfigError(f"--kill {kind}={target}: this run has no {what}. Use rank, node or stop")
+        machine = self._machine(kind, target)
+        name, memory = machine.node.name, machine.memory
+        if kind == "smp":
+            if memory is None or not (pid := memory.kill()):
+                raise ConfigError(f"--kill smp={target}: no snapshot process runs there now")
+            return f"snapshot process of {name} (process {pid}) killed"
         ranks = self._seating.ranks_of(name)
         assert self._workers is not None
         if kind == "reboot":
             self._workers.send(ranks, signal.SIGKILL)
-            if machine.memory is not None:
-                machine.memory.kill()
+            if (memory is None or not memory.kill()) and not ranks:
+                raise ConfigError(f"--kill reboot={target}: nothing runs there")
             return f"{name}: everything killed, its folders stay"
         self._lost(machine)
         if kind == "zombie":
             self._zombies += self._workers.abandon(ranks)
             return f"{name} cut off, its processes live on"
         self._workers.send(ranks, signal.SIGKILL)
-        if machine.memory is not None:
-            machine.memory.lose(self._local_dir)
+        if memory is not None:
+            memory.lose(self._local_dir)
         return f"{name} lost: ranks {', '.join(map(str, ranks)) or 'none'}, its memory and its local folders"
 
-    def _process(self, rank: int) -> WorkerProcess:
+    def _process(self, kind: str, rank: int) -> WorkerProcess:
         process = None if self._workers is None else self._workers.process(rank)
         if process is None:
-            raise ConfigError(f"--kill rank={rank}: no such worker is running")
+            raise ConfigError(f"--kill {kind}={rank}: no such worker is running")
         return process
 
-    def _machine(self, name: str) -> _Machine:
-        full = f"node-{name}" if name.isdigit() else name
-        if full not in self._machines:
-            raise ConfigError(f"--kill: there is no node '{name}'. Use one of: {', '.join(self._machines)}")
-        return self._machines[full]
+    def _machine(self, kind: str, name: str) -> _Machine:
+        machine = self._machines.get(name)
+        if machine is None:
+            raise ConfigError(f"--kill {kind}={name}: there is no such node. Use one of: {', '.join(self._machines)}")
+        if not machine.node.alive:
+            raise ConfigError(f"--kill {kind}={name}: this node is lost already")
+        return machine
 
     def _lost(self, machine: _Machine) -> None:
         machine.node = replace(machine.node, alive=False)

@@ -5,8 +5,8 @@ Must not know: what is done when something fails.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,15 +14,15 @@ from typing import TYPE_CHECKING
 from windlass.dist.errors import ConfigError
 from windlass.dist.mesh import plan_mesh
 from windlass.launch.check import check_job
-from windlass.launch.check_recovery import uses_snapshots
-from windlass.launch.control_log import ControlLog, control_folder, job_of, job_token
+from windlass.launch.check_recovery import check_emulated, uses_snapshots
+from windlass.launch.control_log import ControlLog, job_of, job_token
 from windlass.launch.controller import Controller, Patience, allowed_sizes, limits_of
 from windlass.launch.decide import Limits
 from windlass.launch.drill import Strike
 from windlass.launch.generation import highest_generation
 from windlass.launch.job import Loaded
 from windlass.launch.local_fleet import LocalFleet, node_names
-from windlass.launch.run_folder import RunFolder, RunLock
+from windlass.launch.run_folder import RunFolder, alone_in
 from windlass.launch.supervisor import StopRequests
 from windlass.launch.worker import worker_command
 
@@ -83,25 +83,12 @@ def patience_of(loaded: Loaded) -> Patience:
     return Patience(recovery.grace_s, recovery.grow_s, flush_s)
 
 
-@contextmanager
-def alone_in(run: RunFolder) -> Iterator[None]:
-    """Be the only launcher of a run: one more would take the first one's workers for leftovers and end them.
-
-    Raises:      ConfigError naming who runs it
-    """
-    with RunLock(run):  # no worker of somebody else runs; ours take this lock later
-        control = RunFolder(control_folder(run.root))
-        control.root.mkdir(exist_ok=True)
-        lock = RunLock(control)
-    with lock:
-        yield
-
-
 def run_controlled(loaded: Loaded, strikes: Sequence[Strike] = ()) -> int:
     """Run a job on this machine under a controller and return its exit code; `strikes`: what a drill breaks.
 
     Blocks:      host, until the job has ended
     """
+    check_emulated(loaded)
     loaded, limits = prepared(loaded)
     config = loaded.config
     run = RunFolder(Path(config.train.run_dir).resolve())

@@ -8,7 +8,8 @@
       tensorboard/         the same numbers as scalars
       checkpoints/         step-00000100/ ...
       traces/              Chrome traces of the profiler window
-      lock                 held by the process of rank 0 while it runs
+      control/             what a launcher notes and needs (control_log.py); workers: held by all of its workers
+      lock                 held by the process of rank 0, or by the launcher that starts it again, while it runs
 
 Must not know: what the files say. The layout is explained in docs/run-folder.md.
 """
@@ -20,6 +21,9 @@ import fcntl
 import json
 import os
 import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -27,6 +31,10 @@ from types import TracebackType
 from typing import final
 
 from windlass.dist.errors import ConfigError
+from windlass.launch.control_log import control_folder
+
+LEAVE_S = 10.0  # the kernel ends workers with their launcher; one that it must tear off a GPU or a disk takes seconds
+LOOK_S = 0.05
 
 
 @dataclass(frozen=True)
@@ -67,13 +75,21 @@ class RunFolder:
     def traces(self) -> Path:
         return self.root / "traces"
 
+    @property
+    def control(self) -> Path:
+        return control_folder(self.root)
+
+    @property
+    def workers(self) -> Path:
+        return self.control / "workers"
+
     def create(self) -> None:
         """Make the folder and its sub-folders.
 
         Raises: ConfigError if the path cannot be a writable folder.
         """
         try:
-            for folder in (self.root, self.checkpoints, self.traces):
+            for folder in (self.root, self.checkpoints, self.traces, self.control):
                 folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             what = f"{error.strerror} ({error.filename})"
@@ -138,12 +154,7 @@ class RunLock:
 
     def __init__(self, folder: RunFolder) -> None:
         self.path = folder.root / "lock"
-        try:
-            self._fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-        except OSError as error:
-            raise ConfigError(
-                f"train.run_dir = '{folder.root}': {error.strerror}. Give a folder that can be written."
-            ) from error
+        self._fd = _open(self.path, folder)
         try:
             fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
@@ -162,7 +173,8 @@ class RunLock:
             {"pid": os.getpid(), "host": socket.gethostname(), "since": datetime.now().isoformat(" ", "seconds")}
         )
         os.ftruncate(self._fd, 0)
-        os.pwrite(self._fd, owner.encode(), 0)
+        with contextlib.suppress(OSError):  # on a full disk it is locked all the same, without a name
+            os.pwrite(self._fd, owner.encode(), 0)
 
     def release(self) -> None:
         """Let others write; calling it again does nothing."""
@@ -179,6 +191,65 @@ class RunLock:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.release()
+
+
+@contextmanager
+def alone_in(folder: RunFolder) -> Iterator[None]:
+    """Hold the lock of a run folder in which nobody writes any more, also no worker of a launcher that was killed.
+
+    Blocks:      host, at most LEAVE_S, for those workers
+    Raises:      ConfigError if a run is going on here, or they do not end
+    """
+    until = time.monotonic() + LEAVE_S
+    while True:
+        with RunLock(folder):  # left between two looks: a controller of theirs that Ray starts again needs it
+            if not _at_work(folder):
+                yield
+                return
+        if time.monotonic() > until:
+            raise ConfigError(
+                f"train.run_dir = '{folder.root}': workers of an earlier launch still run, without their launcher. End "
+                f"them (`fuser {folder.workers}` tells which), or give another train.run_dir."
+            )
+        time.sleep(LOOK_S)
+
+
+@contextmanager
+def at_work(folder: RunFolder) -> Iterator[None]:
+    """Show that a worker writes here whose launcher has locked the folder: it may outlive the launcher for a moment.
+
+    Raises:      ConfigError if that cannot be shown
+    """
+    fd = _open(folder.workers, folder)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_SH)  # beside the other workers; whoever looks for them holds it for microseconds
+        yield
+    finally:
+        fcntl.flock(fd, fcntl.LOCK_UN)
+        os.close(fd)
+
+
+def _at_work(folder: RunFolder) -> bool:
+    try:
+        fd = os.open(folder.workers, os.O_RDWR | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return False
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return False
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(fd)
+
+
+def _open(path: Path, folder: RunFolder) -> int:
+    try:
+        return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    except OSError as error:
+        raise ConfigError(
+            f"train.run_dir = '{folder.root}': {error.strerror} ({path}). Give a folder that can be written."
+        ) from error
 
 
 def _describe(owner: str) -> str:

@@ -10,7 +10,7 @@ import faulthandler
 import signal
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
@@ -19,7 +19,7 @@ from windlass.checkpoint.agree import Peers, on_all_ranks
 from windlass.checkpoint.local_level import remove_local_level
 from windlass.checkpoint.memory.capture import Capturer, LocalParity, Source
 from windlass.checkpoint.memory.client import SnapshotClient
-from windlass.checkpoint.memory.folder import NodeFolder
+from windlass.checkpoint.memory.folder import SPARE_BYTES, NodeFolder
 from windlass.checkpoint.memory.generators import freeze_rng
 from windlass.checkpoint.memory.groups import cross_units, num_parity, plan_groups, weaknesses
 from windlass.checkpoint.memory.heartbeat import Heartbeat, Phase
@@ -30,13 +30,14 @@ from windlass.checkpoint.memory.supervise import ensure_snapshot_process
 from windlass.checkpoint.save import SaveReport
 from windlass.dist.device import Device
 from windlass.dist.env import ProcessEnv
-from windlass.dist.errors import CheckpointError, WorkerError
+from windlass.dist.errors import CheckpointError, PlanError, WorkerError
 from windlass.dist.rendezvous import address_for_peers
 from windlass.dist.trace import Tracer
 from windlass.launch.control_log import ControlLog, job_of, job_token
 from windlass.launch.failure import format_ranks
 from windlass.launch.generation import node_of
 from windlass.launch.node_memory import forget_another_run
+from windlass.launch.report import size
 from windlass.launch.snapshot_watch import SnapshotWatch
 
 if TYPE_CHECKING:
@@ -143,7 +144,7 @@ class Snapshots:
         until a newer one is protected.
 
         Collective:  every rank of the world
-        Raises:      CheckpointError if memory does not suffice, with the bytes needed; PlanError for groups
+        Raises:      PlanError for groups, and if memory does not suffice, with the bytes needed
         """
         config, world = self._config, self._world
         nodes, snapshot = self.seats.nodes, config.snapshot
@@ -196,6 +197,8 @@ class Snapshots:
         """Look once for all ranks of each node whether memory suffices, before anybody takes some.
 
         `group`: the members among which the snapshot processes make parity; None where the trainers do.
+
+        Raises:      PlanError on every rank: it would be the same after a restart
         """
         snapshot = self._config.snapshot
         k = 0 if group is None else num_parity(snapshot.redundancy, snapshot.parity, len(group))
@@ -203,13 +206,12 @@ class Snapshots:
         pulled = Stripes(group, tuple(sizes[r] for r in group), k, snapshot.chunk_bytes) if group and k else None
         wanted = world.gather_objects(self.capturer.wanted_bytes(pulled))
         mine = [rank for rank, node in enumerate(self.seats.nodes) if node == self.node]
-        what = f"{snapshot.slots} snapshots of {format_ranks(mine)}"
 
-        def check() -> None:
-            if self.speaks:
-                self.folder.check_room(sum(wanted[rank] for rank in mine), what)
+        def look() -> str:
+            return shortage(self.folder, sum(wanted[r] for r in mine), mine, snapshot.slots) if self.speaks else ""
 
-        on_all_ranks(world, check).check()
+        if problems := [problem for problem in on_all_ranks(world, look).check() if problem]:
+            raise PlanError("; ".join(problems))
 
     def _open(self) -> list[Any]:
         self.capturer.open()
@@ -370,3 +372,18 @@ class Snapshots:
         self._stacks.close()
         if not Path(self._stacks.name).stat().st_size:
             Path(self._stacks.name).unlink()
+
+
+def shortage(folder: NodeFolder, num_bytes: int, ranks: Sequence[int], slots: int) -> str:
+    """Say that the ranks of a node cannot have so many more bytes, and what would work; empty if they can."""
+    free = max(folder.room() - SPARE_BYTES, 0)
+    if num_bytes <= free:
+        return ""
+    held = sum(segment.path.stat().st_size for segment in folder.segments())
+    fewer = "snapshot.slots=2, " if slots > 2 else ""
+    return (
+        f"snapshot.folder = '{folder.base}' on {folder.node}: {slots} snapshots of {format_ranks(ranks)} need "
+        f"{size(num_bytes)}, {size(free)} can be had (segments of this job hold {size(held)}). Give it "
+        f"{size(num_bytes - free)} more (a larger tmpfs or memory limit), use more ranks per replica, {fewer}or "
+        "snapshot.every=0 for none"
+    )

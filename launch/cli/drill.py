@@ -13,9 +13,10 @@ HELP = """Run a job and break something on purpose: prints what was decided, wha
 
 KIND=TARGET@step=N breaks the target once step N is done. Kinds: rank (SIGKILL) and stop (SIGSTOP: a hang) of a rank;
 node (everything of it is killed and its memory deleted), zombie (cut off, its processes live on), reboot (killed, its
-memory stays), smp (its snapshot process) and agent of a node; controller. Without Ray, launch.nodes and launch.spares
-emulate nodes on this machine. Unless the job says otherwise, recovery.max_restarts, crash_loops and node_failures are
-as large as the drill needs. Exit code 0 only if the run finished and every strike was made.
+memory stays) and smp (its snapshot process) of a node; with Ray also agent of a node and controller. Without Ray,
+launch.nodes and launch.spares emulate nodes on this machine. Unless the job says otherwise, recovery.max_restarts,
+crash_loops and node_failures are as large as the drill needs. Exit code 0 only if the run finished and every strike was
+made.
 
 Examples:
 
@@ -45,7 +46,8 @@ def drill(
     from windlass.launch.check_recovery import uses_snapshots
     from windlass.launch.config import load_job
     from windlass.launch.control_log import ControlLog
-    from windlass.launch.drill import Strike, all_done, check_strikes, drill_table, outcomes
+    from windlass.launch.drill import Strike, Targets, all_done, check_strikes, drill_table, outcomes
+    from windlass.launch.local_fleet import node_names
     from windlass.launch.local_run import run_controlled
 
     strikes = [Strike.parse(text) for text in kill]
@@ -59,7 +61,9 @@ def drill(
     config = replace(config, recovery=replace(config.recovery, **enough))
     loaded = replace(loaded, config=config)
     check_job(loaded, config.launch.workers)
-    check_strikes(strikes, workers=config.launch.workers, steps=config.train.steps, processes=uses_snapshots(loaded))
+    nodes = tuple(node_names(config.launch)) if ray in ("", "local") else ()
+    has = Targets(config.launch.workers, config.train.steps, uses_snapshots(loaded), bool(ray), nodes)
+    check_strikes(strikes, has)
     if ray:
         check_ray()
         code = launch_in_ray(loaded, address=ray, strikes=strikes)

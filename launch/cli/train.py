@@ -64,6 +64,7 @@ def train(
 ) -> None:
     from windlass.dist.env import read_process_env
     from windlass.launch.check import check_job
+    from windlass.launch.check_recovery import check_without_controller
     from windlass.launch.config import load_job
     from windlass.launch.failure import guarded
     from windlass.launch.local import launch_local
@@ -87,6 +88,7 @@ def train(
     check_job(loaded, launch_config.workers)
     if needs_controller(loaded):
         raise typer.Exit(run_controlled(loaded))
+    check_without_controller(loaded, ray=False)
     if launch_config.workers > 1:
         raise typer.Exit(launch_local(worker_command(loaded), launch_config))
     raise typer.Exit(work(loaded, env))
@@ -122,7 +124,7 @@ def launch_in_ray(
     loaded: Loaded, *, address: str, num_nodes: int = 0, spread: bool = False, strikes: Sequence[Strike] = ()
 ) -> int:
     """Run a checked job in a Ray cluster, with a controller where it needs one, and return its exit code."""
-    from windlass.launch.check_recovery import uses_snapshots
+    from windlass.launch.check_recovery import check_without_controller, uses_snapshots
     from windlass.launch.generation import highest_generation
     from windlass.launch.local_run import needs_controller, patience_of, prepared
     from windlass.launch.ray.driver import Recovering, launch_recovering
@@ -132,6 +134,7 @@ def launch_in_ray(
     config = loaded.config
     num_nodes = num_nodes or config.launch.nodes
     if not needs_controller(loaded):
+        check_without_controller(loaded, ray=True)
         return launch_ray(
             worker_command(loaded),
             config.launch,

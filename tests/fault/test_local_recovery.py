@@ -187,6 +187,15 @@ def test_a_strike_that_this_fleet_cannot_make_is_reported_and_the_run_goes_on(jo
     assert "not done" in outcomes(ControlLog(job.run).since_launch())[0].decision
 
 
+def test_a_node_is_lost_once(job: Job) -> None:
+    job.step_s, job.steps = 0.05, 16
+    strikes = ["node=1@step=3", "node=1@step=9"]
+    assert job.launch(nodes=2, spares=1, strikes=strikes) == 0
+    records = ControlLog(job.run).since_launch()
+    assert not all_done([Strike.parse(text) for text in strikes], records)
+    assert "lost already" in outcomes(records)[1].decision
+
+
 def test_going_back_is_no_failure_and_uses_no_restart(job: Job) -> None:
     job.faults = [fault(0, 5, "roll-back", [1])]
     assert job.launch(max_restarts=0) == 0

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import errno
 import multiprocessing
 import os
 import socket
+import threading
+import time
+from contextlib import ExitStack
 from multiprocessing.connection import Connection
 from pathlib import Path
 
 import pytest
 
+from windlass.dist.env import ProcessEnv
 from windlass.dist.errors import ConfigError
-from windlass.launch.run_folder import RunFolder, RunLock
+from windlass.launch import run_folder
+from windlass.launch.job import JobConfig, MetricsConfig, TrainConfig
+from windlass.launch.run_folder import RunFolder, RunLock, alone_in, at_work
 
 
 def _hold(root: str, pipe: Connection) -> None:
@@ -46,6 +53,91 @@ def test_the_lock_can_be_taken_again_after_release(tmp_path: Path) -> None:
     first.release()
     first.release()
     RunLock(folder).release()
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> RunFolder:
+    folder = RunFolder(tmp_path / "run")
+    folder.create()
+    return folder
+
+
+def test_a_second_run_is_refused_while_one_is_alone_and_named(folder: RunFolder) -> None:
+    refused = pytest.raises(ConfigError, match=rf"train\.run_dir = '{folder.root}': in use by .*{os.getpid()} on")
+    with alone_in(folder), at_work(folder), refused, alone_in(folder):
+        raise AssertionError("two runs at once")
+    with alone_in(folder):
+        assert (folder.root / "lock").exists()
+
+
+def test_a_run_waits_for_the_workers_of_a_launcher_that_was_killed(folder: RunFolder) -> None:
+    working, end = threading.Event(), threading.Event()
+
+    def work() -> None:
+        with at_work(folder), at_work(folder):  # two of them, as beside each other
+            working.set()
+            end.wait(10)
+            time.sleep(0.2)
+
+    worker = threading.Thread(target=work)
+    worker.start()
+    assert working.wait(10)
+    began = time.monotonic()
+    end.set()
+    with alone_in(folder):
+        assert time.monotonic() - began >= 0.2
+    worker.join()
+
+
+def test_workers_that_do_not_end_with_their_launcher_are_named(
+    folder: RunFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run_folder, "LEAVE_S", 0.1)
+    refused = pytest.raises(ConfigError, match=r"workers of an earlier launch .*fuser .*/control/workers")
+    with at_work(folder), refused, alone_in(folder):
+        raise AssertionError("beside them")
+    RunLock(folder).release()
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_the_launcher_locks_the_folder_for_workers_that_it_counts_and_rank_0_where_none_does(
+    folder: RunFolder, rank: int
+) -> None:
+    from windlass.launch.run import _open_folder
+
+    config = JobConfig(train=TrainConfig(run_dir=str(folder.root)), metrics=MetricsConfig(tensorboard=False))
+
+    def env(generation: int) -> ProcessEnv:
+        return ProcessEnv(rank=rank, local_rank=rank, world_size=2, local_world_size=2, generation=generation)
+
+    with alone_in(folder), ExitStack() as stack:
+        _open_folder(config, env(3), stack)
+        assert run_folder._at_work(folder)
+    assert not run_folder._at_work(folder)
+    with ExitStack() as stack:
+        _open_folder(config, env(0), stack)
+        if rank == 0:
+            with pytest.raises(ConfigError, match="in use"):
+                RunLock(folder)
+        else:
+            RunLock(folder).release()
+
+
+def test_a_full_disk_does_not_keep_a_run_from_locking_its_folder(
+    folder: RunFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*arguments: object) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "pwrite", full)
+    with RunLock(folder), pytest.raises(ConfigError, match="in use by another run"):
+        RunLock(folder)
+
+
+def test_a_file_where_the_control_folder_should_be_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "control").write_text("x")
+    with pytest.raises(ConfigError, match=r"train\.run_dir = .*File exists .*/control"):
+        RunFolder(tmp_path).create()
 
 
 def test_a_run_folder_that_is_a_file_is_refused(tmp_path: Path) -> None:

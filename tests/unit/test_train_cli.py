@@ -47,6 +47,30 @@ def test_another_number_of_workers_than_torchrun_started_is_refused(
     assert code == 2 and "torchrun has started 4 workers" in err and "launch.workers=4" in err and "[rank 1]" in err
 
 
+@pytest.mark.parametrize(
+    ("command", "keys", "says"),
+    [
+        ("train", ["launch.nodes=2"], "launch.nodes = 2: has no effect without a controller"),
+        ("train", ["launch.spares=2"], "launch.spares = 2: has no effect without a controller"),
+        ("train", ["launch.nodes=3", "recovery.max_restarts=1"], "launch.nodes = 3: launch.workers = 2 cannot be"),
+        ("drill", ["launch.nodes=3", "--kill", "rank=1@step=3"], "launch.nodes = 3: launch.workers = 2 cannot be"),
+        ("drill", ["launch.nodes=2", "--kill", "node=2@step=3"], "Use one of node-0, node-1"),
+    ],
+)
+def test_nodes_that_there_would_not_be_are_refused_before_any_process_starts(
+    command: str,
+    keys: list[str],
+    says: str,
+    job: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    monkeypatch.setattr("windlass.launch.check._check_run", lambda loaded: None)  # there is no data
+    code, err = run(capsys, command, job, f"train.run_dir={tmp_path / 'run'}", *keys)
+    assert code == 2 and says in err and not (tmp_path / "run").exists()
+
+
 def test_launch_without_ray_says_how_to_install_it(
     job: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
