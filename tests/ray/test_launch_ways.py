@@ -91,9 +91,19 @@ def test_three_ways_to_launch_give_bitwise_the_same_losses(job: Path, tmp_path: 
     assert by_way["ray"] == by_way["local"]
 
 
-@pytest.mark.parametrize("way", WAYS)
+KILLED, RAISED = ("kill", "SIGKILL", 137), ("raise", "WorkerError: rank 1: fault injected", 10)
+
+
 @pytest.mark.parametrize(
-    ("fault", "cause", "code"), [("kill", "SIGKILL", 137), ("raise", "WorkerError: rank 1: fault injected", 10)]
+    ("way", "fault", "cause", "code"),
+    [
+        ("local", *RAISED),
+        ("torchrun", *KILLED),
+        ("ray", *KILLED),
+        pytest.param("local", *KILLED, marks=pytest.mark.soak),
+        pytest.param("torchrun", *RAISED, marks=pytest.mark.soak),
+        pytest.param("ray", *RAISED, marks=pytest.mark.soak),
+    ],
 )
 def test_a_rank_that_fails_stops_all_within_ten_seconds_with_its_cause_first(
     way: str, fault: str, cause: str, code: int, job: Path, tmp_path: Path, cluster: Cluster

@@ -256,6 +256,7 @@ def test_without_a_spare_a_run_waits_for_a_new_node(job: Job, nodes: Nodes) -> N
     assert "waiting" in err
 
 
+@pytest.mark.soak
 def test_a_run_shrinks_when_no_node_comes_and_its_snapshot_process_is_replaced(
     job: Job, nodes: Nodes, told: Callable[[], Told]
 ) -> None:
@@ -286,6 +287,7 @@ def test_a_node_where_nothing_answers_is_fenced_and_used_again(job: Job, nodes: 
     assert '"step": 60, "rank": 1, "generation": 2' in out
 
 
+@pytest.mark.soak
 def test_workers_leave_a_node_that_is_drained_before_it_goes(job: Job, nodes: Nodes, told: Callable[[], Told]) -> None:
     leaves, stays, spare = nodes.have(3)[:3]
     node_id = nodes.table()[leaves]["NodeID"]
