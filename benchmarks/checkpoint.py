@@ -65,6 +65,7 @@ NEEDED = {  # by side, when it is not installed with Windlass
     "torch_checkpointing": ("torch_checkpointing",),
     "deepspeed": ("deepspeed",),
     "torchft": ("torchft", "opentelemetry"),
+    "torchft-tuned": ("torchft", "opentelemetry"),
     "ray-train": ("ray", "pandas", "dateutil"),
     "ray-train-tuned": ("ray", "pandas", "dateutil"),
 }

@@ -132,7 +132,13 @@ def lighthouse(given: argparse.Namespace) -> None:
     from torchft.coordination import LighthouseServer
 
     # The example of its documentation; other timeouts are its defaults.
-    server = LighthouseServer(bind="[::]:0", min_replicas=1, join_timeout_ms=10_000, quorum_tick_ms=100)
+    server = LighthouseServer(
+        bind="[::]:0",
+        min_replicas=1,
+        join_timeout_ms=10_000,
+        quorum_tick_ms=100,
+        heartbeat_timeout_ms=given.heartbeat_ms,
+    )
     draft = given.folder / "lighthouse.tmp"
     draft.write_text(server.address())
     draft.rename(given.folder / "lighthouse")
@@ -195,6 +201,7 @@ def measure() -> None:
     parser.add_argument("--temp", help="of Ray: its path must be short")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--replica", type=int, default=0)
+    parser.add_argument("--heartbeat-ms", type=int, default=5000, help="of the lighthouse: silence that means death")
     given = parser.parse_args()
     {"ray-train": ray_train, "lighthouse": lighthouse, "torchft": torchft_replica}[given.what](given)
 

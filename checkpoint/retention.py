@@ -12,7 +12,7 @@ import json
 import re
 import secrets
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 from windlass.checkpoint.fence import read_fence
@@ -81,8 +81,9 @@ def retain(
 ) -> list[str]:
     """Delete all but the newest `keep` complete checkpoints up to the one just saved; return the names deleted.
 
-    Older ones go only where `least` of the newer ones are valid. Later steps of the same generation are left alone:
-    they belong to a run that this one has branched off from. `keep` 0 keeps all.
+    Older ones go only where `least` of the newer ones are valid and a rollback does not need them (`_within_reach`).
+    Later steps of the same generation are left alone: they belong to a run that this one has branched off from.
+    `keep` 0 keeps all.
 
     Invariant: a checkpoint that is being read stays
     Raises: OSError; CheckpointError if a newer generation has begun
@@ -91,9 +92,9 @@ def retain(
         return []
     here = [i for i in list_checkpoints(root) if i.order <= (generation, saved_step) or i.generation < generation]
     complete = [info for info in here if info.problem is None]
-    kept = valid = 0
+    kept, valid, needed = 0, 0, _within_reach(complete)
     for info in complete:
-        if kept >= keep and valid >= least:
+        if kept >= max(keep, needed) and valid >= least:
             break
         kept += 1
         valid += is_valid(info) if valid < least else 0
@@ -102,6 +103,25 @@ def retain(
     last = complete[kept - 1].order
     gone = [info.name for info in here if info.order < last]
     return [name for name in gone if _retire(root, name, generation, fault)]
+
+
+def _within_reach(newest_first: Sequence[CheckpointInfo]) -> int:
+    """Return how many checkpoints a run may still have to go back to; 0 where it never does.
+
+    The newest one says how many steps that can be (`back`), and each at which step its generation `began`: what older
+    generations hold beyond that is of a history that was left, and nothing to go back to.
+    """
+    newest = newest_first[0] if newest_first else None
+    if newest is None or not newest.extra.get("rollback"):
+        return 0
+    generation, began = newest.generation, newest.step
+    for number, info in enumerate(newest_first, 1):
+        if info.generation < generation and info.step > began:
+            continue
+        generation, began = info.generation, info.extra.get("rollback", {}).get("began", info.step)
+        if info.step <= newest.step - newest.extra["rollback"]["back"]:
+            return number
+    return len(newest_first)
 
 
 def _retire(root: Storage, name: str, generation: int, fault: Callable[[str], None]) -> bool:

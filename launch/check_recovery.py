@@ -13,6 +13,7 @@ from windlass.dist.mesh import Mesh
 from windlass.launch.job import Loaded
 
 WITHOUT_PEERS = ("group", "parity")
+BY_WATCHDOG = ("hang_s", "start_s")
 WITHOUT_PROCESS = ("slots", "folder", "bucket_bytes", "chunk_bytes", "link_bytes_per_s", "lease_s", "peer_timeout_s")
 
 
@@ -36,6 +37,31 @@ def check_recovery(loaded: Loaded, mesh: Mesh, *, to_run: bool) -> None:
     _check_restarts(loaded, mesh)
     if to_run and uses_snapshots(loaded):
         _check_folders(loaded)
+
+
+def check_without_controller(loaded: Loaded, *, ray: bool) -> None:
+    """Check what only a controller knows, for a run that has none; Ray places workers on nodes without one too.
+
+    Raises:      ConfigError for emulated nodes, of which there will be none
+    """
+    why = "without a controller (snapshot.every = 0, checkpoint.mode = 'sync' and recovery.max_restarts = 0)"
+    if loaded.config.launch.nodes > 1 and not ray:
+        _unused(loaded, "launch.nodes", f"{why}: this machine is one node then")
+    _unused(loaded, "launch.spares", f"{why}: nothing takes the place of a lost node then")
+
+
+def check_emulated(loaded: Loaded) -> None:
+    """Check that the nodes which this machine stands for get equally many workers.
+
+    Raises:      ConfigError naming the numbers of nodes that work
+    """
+    workers, nodes = loaded.config.launch.workers, loaded.config.launch.nodes
+    if nodes and workers % nodes:
+        fitting = ", ".join(str(n) for n in range(1, workers + 1) if workers % n == 0)
+        raise ConfigError(
+            f"{loaded.at('launch.nodes')}: launch.workers = {workers} cannot be divided evenly among {nodes} nodes. "
+            f"Use one of {fitting}; further nodes for when one is lost are launch.spares."
+        )
 
 
 def _check_snapshots(loaded: Loaded, mesh: Mesh) -> None:
@@ -108,6 +134,10 @@ def _check_levels(loaded: Loaded) -> None:
 
 def _check_restarts(loaded: Loaded, mesh: Mesh) -> None:
     recovery = loaded.config.recovery
+    if not uses_snapshots(loaded):
+        why = "without a snapshot process, which looks for hangs (snapshot.every = 0 and checkpoint.mode = 'sync')"
+        for name in BY_WATCHDOG:
+            _unused(loaded, f"recovery.{name}", why)
     if not recovery.max_restarts:
         for name in ("min_workers", "replace_s", "grow_s", "crash_loops", "node_failures", "fork_server"):
             _unused(loaded, f"recovery.{name}", "with recovery.max_restarts = 0, which gives up at once")
@@ -118,13 +148,41 @@ def _check_restarts(loaded: Loaded, mesh: Mesh) -> None:
     if not recovery.spike_factor:
         for name in ("spike_window", "spike_back", "spike_attempts"):
             _unused(loaded, f"recovery.{name}", "with recovery.spike_factor = 0")
-    elif recovery.spike_factor <= 1:
+    else:
+        _check_rollback(loaded)
+
+
+def _check_rollback(loaded: Loaded) -> None:
+    """Refuse settings with which the checkpoint to go back to may be gone when the loss jumps."""
+    checkpoint, recovery = loaded.config.checkpoint, loaded.config.recovery
+    if recovery.spike_factor <= 1:
         raise ConfigError(f"{loaded.at('recovery.spike_factor')}: must be greater than 1, or 0 for never. Use 3.")
-    elif not (loaded.config.checkpoint.every or loaded.config.checkpoint.local_every):
+    if not (checkpoint.every or checkpoint.local_every):
         raise ConfigError(
             f"{loaded.at('recovery.spike_factor')}: there is nothing to go back to: memory holds the last steps only. "
             "Set checkpoint.every as well, such as checkpoint.every=50."
         )
+    from windlass.checkpoint.local_level import KEEP
+    from windlass.checkpoint.persist import LEAST_VALID
+
+    # The newest one may be of the step before the jump.
+    back, keep = recovery.spike_back, checkpoint.keep
+    kept = max(keep, LEAST_VALID) if checkpoint.mode != "sync" else keep
+    reach, local_reach = (kept - 1) * checkpoint.every, (KEEP - 1) * checkpoint.local_every
+    if (checkpoint.every and (not keep or reach >= back)) or local_reach >= back:
+        return
+    needs = f"a rollback may need one that is recovery.spike_back = {back} steps older than the newest"
+    if not checkpoint.every:
+        finer = loaded.config.snapshot.every or 1
+        raise ConfigError(
+            f"{loaded.at('checkpoint.local_every')}: the {KEEP} newest steps stay on local drives, and {needs}. Use "
+            f"checkpoint.local_every={-(-back // finer) * finer}, or set checkpoint.every as well."
+        )
+    fewer = f", or recovery.spike_back={reach}" if reach else ""
+    raise ConfigError(
+        f"{loaded.at('checkpoint.keep')}: with checkpoint.every = {checkpoint.every} what is kept goes back {reach} "
+        f"steps from the newest, and {needs}. Use checkpoint.keep={-(-back // checkpoint.every) + 1}{fewer}."
+    )
 
 
 def _check_folders(loaded: Loaded) -> None:

@@ -80,7 +80,8 @@ def highest_generation(config: JobConfig, nodes: Iterable[str] = ()) -> int:
 
 
 def begin_generation(config: JobConfig, env: ProcessEnv, world: Peers) -> Start:
-    """Return which start this is; without a controller that counts them, rank 0 does where snapshots need it.
+    """Return which start this is; without a controller that counts them, rank 0 does where something depends on it:
+    whose snapshot it is, and whether a step was made before a rollback or after it.
 
     Collective: every rank of the world
     """
@@ -90,7 +91,8 @@ def begin_generation(config: JobConfig, env: ProcessEnv, world: Peers) -> Start:
             return []
         log = ControlLog(Path(config.train.run_dir), env.generation)
         generation, restarts = env.generation, _torchrun_restarts()
-        if not generation and needs_process(config.snapshot.every, config.checkpoint.mode):
+        counted = needs_process(config.snapshot.every, config.checkpoint.mode) or config.recovery.spike_factor
+        if not generation and counted:
             generation = log.bump(at_least=highest_generation(config, [node_of(env)]) + 1, by=env.launcher)
         since = log.first_since_launch() if env.generation else generation - restarts
         left = [[g, step] for g, step in log.left().items()]

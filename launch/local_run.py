@@ -92,7 +92,7 @@ def run_controlled(loaded: Loaded, strikes: Sequence[Strike] = ()) -> int:
     loaded, limits = prepared(loaded)
     config = loaded.config
     run = RunFolder(Path(config.train.run_dir).resolve())
-    run.create()
+    run.create(controlled=True)
     with ExitStack() as stack:
         stack.enter_context(alone_in(run))
         stop = stack.enter_context(StopRequests().listening())

@@ -39,6 +39,7 @@ class Origin:
     step: int = -1
     passed_over: list[str] = field(default_factory=list)
     after: Callable[[], Origin] | None = None  # what comes next where memory proves damaged
+    own: bool = True  # this run has made it; else the user has named it
 
     @property
     def found(self) -> bool:
@@ -62,12 +63,14 @@ class Origin:
         Collective: every rank of the world
         """
         if self.memory is None:
-            return go_on(config, identity, engine, world, self.checkpoint, self.passed_over)
+            return go_on(config, identity, engine, world, self.checkpoint, self.passed_over, own=self.own)
         began = time.perf_counter()
         back = self.memory.restore(engine, world)
         if back.tier == STORAGE:
             assert self.after is not None
             origin = self.after()
+            if not origin.found:  # the engine was built to be filled
+                raise CheckpointError(f"no step can be restored: {'; '.join([*back.passed_over, *origin.passed_over])}")
             return go_on(config, identity, engine, world, origin.checkpoint, [*back.passed_over, *origin.passed_over])
         where = f"{back.tier} snapshot of generation {back.generation}"
         check_order(back.extra, identity, where)
@@ -75,14 +78,12 @@ class Origin:
         engine.optimizer_steps = back.extra["optimizer_steps"]
         if back.own_facts.get("rng"):
             set_rng_state(back.own_facts["rng"])
-        return Progress(
-            back.extra["step"],
-            back.extra["consumed"],
-            back.extra["tokens"],
+        return Progress.of(
+            back.extra,
             where,
             time.perf_counter() - began,
-            [*back.passed_over, *back.repaired],
-            changes(back.extra, config, world.size),
+            passed_over=[*back.passed_over, *back.repaired],
+            changes=changes(back.extra, config, world.size),
             in_memory=True,
         )
 
@@ -91,7 +92,8 @@ def find_origin(config: JobConfig, world: Peers, snapshots: Snapshots | None, st
     """Decide where this start goes on.
 
     Collective: every rank of the world
-    Raises: CheckpointError if there are checkpoints and none is valid; ConfigError if the run would overwrite some
+    Raises: CheckpointError if there are checkpoints and none is valid, or none old enough for a rollback; ConfigError
+        if the run would overwrite some
     """
     return _Search(config, world, snapshots, start).run()
 
@@ -116,7 +118,28 @@ class _Search:
             return self._given()
         self.saved = self._listed()
         origin = self._newest()
-        return origin if origin.found or self.wish == "auto" else self._given()
+        if not origin.found:
+            origin = origin if self.wish == "auto" else self._given()
+            self._check_way_back(max(origin.step, 0))
+        return origin
+
+    def _check_way_back(self, base: int) -> None:
+        """Refuse to begin again at `base` where a rollback was to find a checkpoint that is gone.
+
+        A run that went back before the first one was due begins again as a matter of course.
+        """
+        checkpoint, left = self.config.checkpoint, self.start.left
+        if not self.saved or not left:  # a restart that finds no checkpoint at all has nothing to overwrite
+            return
+        at_most = left[max(left)]
+        if any(every and at_most // every > base // every for every in (checkpoint.every, checkpoint.local_every)):
+            oldest = min(self.saved, key=lambda saved: saved.step)
+            raise CheckpointError(
+                f"the loss jumped, so the run goes back to step {at_most} or before, and '{self.root}' has nothing "
+                f"that old: its oldest checkpoint is of step {oldest.step}. Starting at step {base} would overwrite "
+                f"it. To go on from it as it is, set checkpoint.resume={oldest.place} in another train.run_dir; to "
+                "begin anew, use one without it. Keep more checkpoints (checkpoint.keep) from then on."
+            )
 
     def _newest(self) -> Origin:
         config = self.config
@@ -206,10 +229,14 @@ class _Search:
         Raises: ConfigError if the run would overwrite newer ones
         """
 
+        restarted = self.start.restarted
+
         def look() -> dict[str, Any]:
             if self.world.rank != 0:
                 return {}
-            own = [info.step for info in list_checkpoints(self.root)]
+            # What a rollback of this launch has left nobody goes on from: it may be overwritten.
+            kept = [i for i in list_checkpoints(self.root) if not restarted or self.start.admits(i.generation, i.step)]
+            own = [info.step for info in kept]
             if self.wish == "never":
                 return {"folder": "", "step": -1, "own": own}
             found = find_checkpoint(self.wish if "://" in self.wish else Path(self.wish).resolve())
@@ -222,4 +249,4 @@ class _Search:
                 f"checkpoint.resume = '{self.wish}': '{self.root}' has a checkpoint of step {max(newer)}, which would "
                 "be overwritten. Use checkpoint.resume=auto to go on from it, or give another train.run_dir."
             )
-        return Origin(found["folder"] or None, None, found["step"], [*self.damaged])
+        return Origin(found["folder"] or None, None, found["step"], [*self.damaged], own=False)

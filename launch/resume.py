@@ -37,6 +37,23 @@ class Progress:
     changes: list[str] = field(default_factory=list)
     on_drives: bool = False  # found whole on the drives, and in no checkpoint
     in_memory: bool = False  # found in the memory of the nodes or on their local drives, and in no checkpoint
+    own: bool = True  # this run has made it; else the user has named it
+    generation: int = 0  # that made it
+    rollback: Mapping[str, Any] = field(default_factory=dict)  # what a verdict on the next loss rests on
+
+    @staticmethod
+    def of(extra: Mapping[str, Any], folder: str, seconds: float = 0.0, **facts: Any) -> Progress:
+        """Return where a run stands that goes on from state saved with these facts."""
+        return Progress(
+            extra["step"],
+            extra["consumed"],
+            extra["tokens"],
+            folder,
+            seconds,
+            generation=int(extra.get("generation", 0)),
+            rollback=extra.get("rollback", {}),
+            **facts,
+        )
 
 
 @dataclass(frozen=True)
@@ -94,6 +111,7 @@ def checkpoint_extra(
     tokens: int,
     optimizer_steps: int,
     generation: int = 0,
+    rollback: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Return what a checkpoint carries beside tensors; JSON-able."""
     return {
@@ -107,6 +125,7 @@ def checkpoint_extra(
         "model": asdict(config.model),
         "layout": layout_of(config, world_size),
         "versions": versions(),
+        **({"rollback": dict(rollback)} if rollback else {}),
     }
 
 

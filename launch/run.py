@@ -24,7 +24,7 @@ from windlass.data.loader import Loader
 from windlass.dist.comm import Comm, Group
 from windlass.dist.device import Device, pick_device
 from windlass.dist.env import ProcessEnv, read_process_env
-from windlass.dist.errors import CommError, PlanError, SpikeError
+from windlass.dist.errors import CommError, PlanError
 from windlass.dist.mesh import plan_mesh
 from windlass.dist.trace import Tracer
 from windlass.launch.check_recovery import needs_process
@@ -39,10 +39,10 @@ from windlass.launch.origin import Origin, find_origin
 from windlass.launch.plan import Plan, make_plan
 from windlass.launch.profiler import StepProfiler
 from windlass.launch.resume import Progress, check_order, checkpoint_extra, versions
-from windlass.launch.run_folder import RunFolder, RunLock
+from windlass.launch.run_folder import RunFolder, alone_in, at_work
 from windlass.launch.signals import StopSignals
 from windlass.launch.snapshots import Snapshots
-from windlass.launch.spikes import note_spike
+from windlass.launch.spikes import RollBack, SpikeWatch, note_spike
 from windlass.launch.start import check_same, go_on_from_drives, start_values, to_be_restored
 from windlass.launch.tiers import adopt_newest, begin_timeline, build_machine, read_timeline, tier_limits
 from windlass.launch.trainer import Trainer
@@ -74,6 +74,7 @@ class Run:
     phases: PhaseLog
     timeline: str
     progress: Progress
+    spikes: SpikeWatch
     loader: Loader
     profiler: StepProfiler
     flops_per_token: float
@@ -117,6 +118,7 @@ class Run:
             tokens=tokens,
             optimizer_steps=self.engine.optimizer_steps,
             generation=self.start.generation,
+            rollback=self.spikes.facts(),
         )
 
     def reached(self, phase: Phase) -> None:
@@ -132,6 +134,13 @@ class Run:
         """
         if self.offload is not None and self.offload.durable:
             self.offload.store.make_durable(step, {**self.facts(step, tokens), TIMELINE: self.timeline})
+
+    def note_spike(self, spike: RollBack) -> None:
+        """Note where the next start is to go on.
+
+        Collective: every rank
+        """
+        note_spike(spike, self.config, self.start.generation, self.world)
 
     def save(self, step: int, tokens: int) -> SaveReport:
         """Save a checkpoint.
@@ -224,10 +233,6 @@ def run_worker(config: JobConfig, env: ProcessEnv | None = None) -> int:
             trainer = Trainer(run, signals)
             try:
                 trainer.train()
-            except SpikeError:
-                if run.rank == 0 and trainer.roll_back is not None:
-                    note_spike(trainer.roll_back, config, run.start.generation)
-                raise
             except CommError:
                 if signals.requested != signal.SIGTERM or trainer.has_news:
                     raise  # else the others left a moment earlier, and nothing is lost
@@ -343,6 +348,7 @@ def build_run(config: JobConfig, env: ProcessEnv) -> Run:
             phases=phases,
             timeline=timeline,
             progress=progress,
+            spikes=SpikeWatch.resumed(config.recovery, progress, start),
             loader=loader,
             profiler=profiler,
             flops_per_token=plan.flops_per_step * plan.world_size / plan.tokens_per_step,
@@ -369,12 +375,14 @@ def _protect(run: Run, origin: Origin) -> None:
 
 
 def _open_folder(config: JobConfig, env: ProcessEnv, stack: ExitStack) -> tuple[RunFolder, EventStream]:
-    """Lock the run folder on rank 0, unless a controller of ours has, and open the event stream of this rank."""
+    """Lock the run folder on rank 0, unless our launcher has, and open the event stream of this rank."""
     folder, rank = RunFolder(Path(config.train.run_dir)), env.rank
-    if rank == 0:
-        folder.create()
-        if not env.generation:
-            stack.enter_context(RunLock(folder))
+    if rank == 0 or env.generation:
+        folder.create(controlled=bool(env.generation))
+    if env.generation:
+        stack.enter_context(at_work(folder))
+    elif rank == 0:
+        stack.enter_context(alone_in(folder))
     sinks = build_sinks(config.metrics, rank, metrics=folder.metrics, log=folder.log, tensorboard=folder.tensorboard)
     events = EventStream(sinks)
     stack.callback(events.close)

@@ -83,13 +83,13 @@ class RunFolder:
     def workers(self) -> Path:
         return self.control / "workers"
 
-    def create(self) -> None:
-        """Make the folder and its sub-folders.
+    def create(self, *, controlled: bool = False) -> None:
+        """Make the folder and its sub-folders; `controlled`: also what a launcher that starts workers again needs.
 
         Raises: ConfigError if the path cannot be a writable folder.
         """
         try:
-            for folder in (self.root, self.checkpoints, self.traces, self.control):
+            for folder in (self.root, self.checkpoints, self.traces, *[self.control] * controlled):
                 folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             what = f"{error.strerror} ({error.filename})"

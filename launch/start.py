@@ -70,8 +70,10 @@ def go_on(
     world: Peers,
     folder: Place | None,
     passed_over: list[str],
+    *,
+    own: bool = True,
 ) -> Progress:
-    """Restore the engine from a checkpoint and return where the run stands; without one, at step 0.
+    """Restore the engine from a checkpoint and return where the run stands; without one, at step 0. `own`: of this run.
 
     Collective: every rank of the world
     """
@@ -82,14 +84,13 @@ def go_on(
     extra = restore(folder, engine, world)
     check_model_settings(extra, config, str(folder))
     engine.optimizer_steps = extra["optimizer_steps"]
-    return Progress(
-        extra["step"],
-        extra["consumed"],
-        extra["tokens"],
+    return Progress.of(
+        extra,
         str(folder),
         time.perf_counter() - began,
-        passed_over,
-        changes(extra, config, world.size),
+        passed_over=passed_over,
+        changes=changes(extra, config, world.size),
+        own=own,
     )
 
 
@@ -97,9 +98,8 @@ def go_on_from_drives(config: JobConfig, engine: Restorable, world: Peers, extra
     """Return where the run stands whose state was found whole on the drives."""
     check_model_settings(extra, config, "state on nvme")
     engine.optimizer_steps = extra["optimizer_steps"]
-    where = "state on nvme"
     changed = changes(extra, config, world.size)
-    return Progress(extra["step"], extra["consumed"], extra["tokens"], where, 0.0, [], changed, on_drives=True)
+    return Progress.of(extra, "state on nvme", changes=changed, on_drives=True)
 
 
 def start_values(config: JobConfig, model: BlockModel, stack: ExitStack) -> Fill:

@@ -19,7 +19,6 @@ from windlass.dist.errors import CheckpointError, NumericsError, SpikeError
 from windlass.launch.events import Ended, Evaluated, Profiled, Saved, Stepped
 from windlass.launch.profiler import Window
 from windlass.launch.signals import StopSignals
-from windlass.launch.spikes import RollBack, SpikeWatch
 from windlass.parallel.optim import learning_rate
 
 if TYPE_CHECKING:
@@ -40,8 +39,6 @@ class Trainer:
         self.tokens = run.progress.tokens
         self.productive_s = 0.0
         self._skips = 0  # consecutive
-        self._spikes = SpikeWatch(run.config.recovery)
-        self.roll_back: RollBack | None = None  # why the run ended with a SpikeError
         elsewhere = run.progress.on_drives or run.progress.in_memory
         self._saved_at = self.step if run.progress.folder and not elsewhere else -1
         self._comm_bytes = run.comm_bytes()
@@ -54,7 +51,8 @@ class Trainer:
     def train(self) -> Ended:
         """Train and return what came of it; the same event is emitted as the last one.
 
-        Raises: NumericsError if the non-finite policy stops the run; whatever the parts raise. Checkpoints stay.
+        Raises: NumericsError if the non-finite policy stops the run; SpikeError if it is to go back to an earlier step,
+            which is noted by then; whatever the parts raise. Checkpoints stay.
         """
         run = self.run
         try:
@@ -114,14 +112,14 @@ class Trainer:
         report = run.engine.train_step(batches, rate)
         self.step += 1
         self.tokens += report.tokens
-        run.commit_step(self.step, self.tokens)
         samples = (first, first + run.inputs.identity.global_batch)
-        spike = None if report.skipped else self._spikes.observe(self.step, report.loss, samples)
+        spike = run.spikes.observe(self.step, report.loss, samples)  # first: what it has seen is kept with the step
+        run.commit_step(self.step, self.tokens)
         step_s = time.perf_counter() - began
         self.productive_s += 0.0 if report.skipped else step_s
         run.events.emit(self._stepped(report, rate, samples, step_s, data_s))
         if spike is not None:
-            self.roll_back = spike
+            run.note_spike(spike)
             raise SpikeError(f"{spike.why}: going back to step {spike.at_most} or before")
         self._check_finite(report)
 

@@ -1,18 +1,20 @@
 """A loss that jumps takes the run back and leaves the samples out, also when a rank is killed on the way.
 
-Row 22 of the fault matrix: rollback with a skip list, twice, with a kill during each rollback. The oracle for the bits
-is the same run without kills; for the order it is the list of all samples without those that are skipped.
+Row 22 of the fault matrix: rollback with a skip list, twice, with a kill during each rollback and one so shortly before
+a jump that the window of losses reaches back beyond it. The oracle for the bits is the same run without kills; for the
+order it is the list of all samples without those that are skipped.
 """
 
 from __future__ import annotations
 
 import os
 import random
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
 
-from tests.fault.memory_runs import Lab
+from tests.fault.memory_runs import Lab, Live
 from tests.fault.oracle import BATCH, EXACT, Told
 from windlass.data.prepare import prepare
 from windlass.launch.control_log import ControlLog
@@ -36,15 +38,19 @@ def rough(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for number in range(14):
         text = "the quick brown fox " * 40
         if number in (3, 9):
-            text = "".join(chr(noise.randrange(33, 126)) for _ in range(240))
+            text = "".join(chr(noise.randrange(33, 126)) for _ in range(120))
         (folder / f"{number:02d}.txt").write_text(text)
     prepare([folder], folder / "tokens", workers=1, validation=0.0)
     return folder / "tokens"
 
 
-def run(lab: Lab, rough: Path, fault: str = "", then: str = "") -> Told:
-    """Run the job with a fault in generation 2 and another from generation 4 on."""
-    between = {4: lambda live: os.environ.update(WINDLASS_FAULT=then)} if then else {}
+def run(lab: Lab, rough: Path, fault: str = "", then: Mapping[int, str] | None = None) -> Told:
+    """Run the job with a fault in generation 2, and others in later ones."""
+
+    def strike(what: str) -> Callable[[Live], None]:
+        return lambda live: os.environ.update(WINDLASS_FAULT=what)
+
+    between = {generation: strike(what) for generation, what in (then or {}).items()}
     settings = [*SPIKES, f"data.path={rough}"]
     return lab.run(settings=settings, pace=("peers", "storage"), fault=fault, between=between)
 
@@ -64,14 +70,21 @@ def test_a_run_goes_back_twice_and_leaves_samples_out_whatever_is_killed_on_the_
     assert all(step % 4 == 0 and tier == "storage" for step, tier in calm.restored)
 
     first, second = (step + 1 for step, _ in calm.restored)
+    jump = calm.of("rollback")[1]["step"] + 2  # the step whose loss made the second rollback
     told = run(
         lab,
         rough,
         fault=f"kill:train.forward:rank=1:step={first}:generation=2",
-        then=f"kill:train.backward:rank=0:step={second}:generation=4",
+        then={
+            3: f"kill:train.update:rank=0:step={jump - 1}:generation=3",
+            5: f"kill:train.backward:rank=0:step={second}:generation=5",
+        },
     )
     assert (told.code, told.leftovers) == (0, []), told.said
-    assert [r["generation"] for r in told.of("failure")] == [2, 4]
+    assert [r["generation"] for r in told.of("failure")] == [2, 3, 5]
     assert ControlLog(told.run).skips() == skips
     assert figures(told) == figures(calm)
-    assert [step for step, _ in told.restored] == [step for step, _ in calm.restored], "what was left stays left"
+    again = [(r["generation"], r["restored"]) for r in told.recovered]
+    assert [step for generation, step in again if generation != 4] == [first - 1, second - 1], (
+        "what was left stays left"
+    )

@@ -6,15 +6,20 @@ from pathlib import Path
 
 import pytest
 
+from windlass.checkpoint.memory.folder import SPARE_BYTES, NodeFolder
 from windlass.dist.cluster import ClusterConfig
 from windlass.dist.errors import ConfigError, WindlassError
 from windlass.launch.check import check_job
+from windlass.launch.check_recovery import check_emulated, check_without_controller
 from windlass.launch.config import load_job
 from windlass.launch.plan import make_plan
 from windlass.launch.plan_snapshots import PROCESS_BYTES, plan_snapshots
+from windlass.launch.snapshots import shortage
 
 SNAPSHOTS = ["snapshot.every=1"]
 LAZY = ["checkpoint.mode=lazy"]
+SPIKES = ["recovery.spike_factor=3"]
+LOCAL = ["checkpoint.local_dir=/x"]
 
 
 def told(tmp_path: Path, *overrides: str, world: int = 4) -> str:
@@ -29,6 +34,8 @@ def told(tmp_path: Path, *overrides: str, world: int = 4) -> str:
     ("overrides", "parts"),
     [
         (["snapshot.slots=3"], ["snapshot.slots = 3", "without snapshots"]),
+        (["recovery.hang_s=9"], ["recovery.hang_s = 9", "without a snapshot process"]),
+        (["recovery.max_restarts=3", "recovery.start_s=9"], ["recovery.start_s = 9", "without a snapshot process"]),
         (["snapshot.redundancy=xor"], ["snapshot.redundancy = 'xor'", "without snapshots"]),
         ([*SNAPSHOTS, "snapshot.group=2"], ["snapshot.group = 2", "snapshot.redundancy = 'none'"]),
         ([*SNAPSHOTS, "snapshot.redundancy=xor", "snapshot.parity=2"], ["snapshot.parity = 2", "one parity block"]),
@@ -57,6 +64,19 @@ def told(tmp_path: Path, *overrides: str, world: int = 4) -> str:
         (["recovery.spike_window=9"], ["recovery.spike_window = 9", "recovery.spike_factor = 0"]),
         (["recovery.spike_factor=0.5", "checkpoint.every=10"], ["recovery.spike_factor = 0.5", "greater than 1"]),
         (["recovery.spike_factor=3"], ["recovery.spike_factor = 3", "nothing to go back to", "checkpoint.every=50"]),
+        (
+            [*SPIKES, "checkpoint.every=1", "checkpoint.keep=3", "recovery.spike_back=4"],
+            ["checkpoint.keep = 3", "goes back 2 steps", "Use checkpoint.keep=5, or recovery.spike_back=2"],
+        ),
+        ([*SPIKES, "checkpoint.every=50", "checkpoint.keep=1"], ["checkpoint.keep = 1", "Use checkpoint.keep=2."]),
+        (
+            [*SPIKES, *LAZY, "checkpoint.every=10", "checkpoint.keep=1", "recovery.spike_back=11"],
+            ["checkpoint.keep = 1", "goes back 10 steps", "Use checkpoint.keep=3"],
+        ),
+        (
+            [*SPIKES, *LAZY, *LOCAL, "snapshot.every=2", "checkpoint.local_every=2", "recovery.spike_back=3"],
+            ["checkpoint.local_every = 2", "Use checkpoint.local_every=4"],
+        ),
     ],
 )
 def test_what_cannot_work_names_the_key_and_a_value_that_does(
@@ -64,6 +84,22 @@ def test_what_cannot_work_names_the_key_and_a_value_that_does(
 ) -> None:
     message = told(tmp_path, *overrides)
     assert [part for part in parts if part not in message] == [], message
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["checkpoint.every=1", "checkpoint.keep=5"],
+        ["checkpoint.every=1", "checkpoint.keep=0"],
+        ["checkpoint.every=2", "checkpoint.keep=3"],
+        [*LAZY, "checkpoint.every=4", "checkpoint.keep=1"],  # two stay whatever it says
+        [*LAZY, *LOCAL, "checkpoint.local_every=4"],
+    ],
+)
+def test_what_keeps_a_checkpoint_to_go_back_to_is_accepted(tmp_path: Path, overrides: list[str]) -> None:
+    path = tmp_path / "job.yaml"
+    path.write_text("train: {steps: 100}\n")
+    check_job(load_job(path, [*SPIKES, "recovery.spike_back=4", *overrides]), 4, to_run=False)
 
 
 def test_a_folder_that_is_missing_or_closed_is_refused(tmp_path: Path) -> None:
@@ -75,6 +111,46 @@ def test_a_folder_that_is_missing_or_closed_is_refused(tmp_path: Path) -> None:
     loaded = load_job(path, [*SNAPSHOTS, f"snapshot.folder={tmp_path / 'none'}"])
     with pytest.raises(ConfigError, match=r"snapshot\.folder = .*none'.*is no folder\. Use /dev/shm"):
         check_recovery(loaded, plan_mesh(loaded.config.parallelism, 1), to_run=True)
+
+
+def test_what_the_snapshot_process_looks_for_may_be_set_where_there_is_one(tmp_path: Path) -> None:
+    path = tmp_path / "job.yaml"
+    path.write_text("train: {steps: 100}\n")
+    for runs in (SNAPSHOTS, LAZY):
+        check_job(load_job(path, [*runs, "recovery.hang_s=9", "recovery.start_s=9"]), 4, to_run=False)
+
+
+def test_emulated_nodes_have_equally_many_workers(tmp_path: Path) -> None:
+    path = tmp_path / "job.yaml"
+    path.write_text("train: {steps: 100}\n")
+    for nodes in (0, 1, 2, 3, 6):
+        check_emulated(load_job(path, ["launch.workers=6", f"launch.nodes={nodes}"]))
+    with pytest.raises(
+        ConfigError, match=r"launch\.nodes = 4: launch\.workers = 6 .* 4 nodes\. Use one of 1, 2, 3, 6;"
+    ):
+        check_emulated(load_job(path, ["launch.workers=6", "launch.nodes=4"]))
+
+
+def test_nodes_that_nobody_emulates_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "job.yaml"
+    path.write_text("train: {steps: 100}\n")
+    check_without_controller(load_job(path, ["launch.nodes=1"]), ray=False)
+    check_without_controller(load_job(path, ["launch.nodes=2"]), ray=True)
+    with pytest.raises(ConfigError, match=r"launch\.nodes = 2: has no effect without a controller .*one node then"):
+        check_without_controller(load_job(path, ["launch.nodes=2"]), ray=False)
+    for ray in (False, True):
+        with pytest.raises(ConfigError, match=r"launch\.spares = 1: has no effect without a controller"):
+            check_without_controller(load_job(path, ["launch.spares=1"]), ray=ray)
+
+
+def test_what_is_missing_is_said_with_what_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = NodeFolder(tmp_path, "0123456789abcdef", "node-0")
+    monkeypatch.setattr(NodeFolder, "room", lambda self: SPARE_BYTES + (100 << 20))
+    assert shortage(folder, 100 << 20, [0, 1], 3) == ""
+    problem = shortage(folder, 300 << 20, [0, 1], 3)
+    assert "3 snapshots of ranks 0-1 need 300.00 MiB, 100.00 MiB can be had" in problem
+    assert "Give it 200.00 MiB more" in problem and "snapshot.slots=2" in problem
+    assert "snapshot.slots" not in shortage(folder, 300 << 20, [0], 2), "fewer do not work"
 
 
 def test_the_plan_says_what_snapshots_take_and_survive(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from windlass.launch.origin import Origin, find_origin
 
 
 def job(run: Path, resume: str = "auto") -> JobConfig:
-    return JobConfig(train=TrainConfig(run_dir=str(run)), checkpoint=CheckpointConfig(resume=resume))
+    return JobConfig(train=TrainConfig(run_dir=str(run)), checkpoint=CheckpointConfig(resume=resume, every=50))
 
 
 def checkpoint(run: Path, step: int, generation: int = 0) -> Path:
@@ -85,6 +85,29 @@ def test_what_a_run_has_left_by_going_back_is_not_gone_on_from(tmp_path: Path) -
     assert found(tmp_path, later).step == 50
     assert not later.admits(1, 100)
     assert later.admits(2, 100)
+
+
+def test_a_run_that_went_back_beyond_its_checkpoints_is_an_error_and_not_a_beginning(tmp_path: Path) -> None:
+    checkpoint(tmp_path, 100, generation=1)
+    checkpoint(tmp_path, 150, generation=1)
+    for back in (90, 50):  # there was one of step 50
+        with pytest.raises(
+            CheckpointError, match=rf"goes back to step {back} or before.*oldest checkpoint is of step 100"
+        ):
+            found(tmp_path, Start(generation=2, since=1, restarted=True, left={1: back}))
+    early = found(tmp_path, Start(generation=2, since=1, restarted=True, left={1: 49}))
+    assert not early.found, "none was due before step 50: the run begins again"
+
+
+def test_a_run_that_went_back_before_its_first_checkpoint_begins_again_where_the_user_said(tmp_path: Path) -> None:
+    run, wanted = tmp_path / "run", str(checkpoint(tmp_path / "other", 110))
+    checkpoint(run, 150, generation=1)
+    again = found(run, Start(generation=2, since=1, restarted=True, left={1: 148}), wanted)
+    assert (str(again.checkpoint), again.own) == (wanted, False)
+    late = tmp_path / "late"
+    checkpoint(late, 200, generation=1)
+    with pytest.raises(CheckpointError, match="goes back to step 160 or before"):
+        found(late, Start(generation=2, since=1, restarted=True, left={1: 160}), wanted)
 
 
 def test_the_next_generation_is_later_than_what_storage_has_heard_of(tmp_path: Path) -> None:

@@ -58,7 +58,7 @@ def test_the_lock_can_be_taken_again_after_release(tmp_path: Path) -> None:
 @pytest.fixture
 def folder(tmp_path: Path) -> RunFolder:
     folder = RunFolder(tmp_path / "run")
-    folder.create()
+    folder.create(controlled=True)
     return folder
 
 
@@ -137,7 +137,7 @@ def test_a_full_disk_does_not_keep_a_run_from_locking_its_folder(
 def test_a_file_where_the_control_folder_should_be_is_refused(tmp_path: Path) -> None:
     (tmp_path / "control").write_text("x")
     with pytest.raises(ConfigError, match=r"train\.run_dir = .*File exists .*/control"):
-        RunFolder(tmp_path).create()
+        RunFolder(tmp_path).create(controlled=True)
 
 
 def test_a_run_folder_that_is_a_file_is_refused(tmp_path: Path) -> None:

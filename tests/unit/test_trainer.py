@@ -20,7 +20,7 @@ from windlass.launch.events import Ended, Evaluated, Event, EventStream, Profile
 from windlass.launch.profiler import ProfilerConfig, StepProfiler
 from windlass.launch.recovery import RecoveryConfig
 from windlass.launch.resume import Progress
-from windlass.launch.spikes import RollBack
+from windlass.launch.spikes import RollBack, SpikeWatch
 from windlass.launch.trainer import Trainer, bits_per_byte
 from windlass.offload.ledger import TierLedger
 from windlass.parallel.engine import StepReport
@@ -100,6 +100,7 @@ class FakeRun:
             checkpoint=parts["checkpoint"],
             recovery=parts.get("recovery", RecoveryConfig()),
         )
+        self.spikes, self.noted = SpikeWatch(self.config.recovery), list[RollBack]()
         self.snapshots = parts.get("snapshots")
         self.inputs = SimpleNamespace(identity=SimpleNamespace(global_batch=4))
         self.phases: list[str] = []
@@ -116,6 +117,7 @@ class FakeRun:
         self.flops_per_token, self.peak_flops, self.bytes_per_token = 6.0, 0.0, 2.0
         self.saves: list[tuple[int, int]] = []
         self.commits: list[int] = []
+        self.seen: list[int] = []  # losses that are kept with each committed step
         self.offload = SimpleNamespace(finished=False)
         self.disk_full = False
         self.traffic = 0
@@ -132,6 +134,10 @@ class FakeRun:
 
     def commit_step(self, step: int, tokens: int) -> None:
         self.commits.append(step)
+        self.seen.append(len(self.spikes.facts().get("losses", ())))
+
+    def note_spike(self, spike: RollBack) -> None:
+        self.noted.append(spike)
 
     def save(self, step: int, tokens: int) -> SaveReport:
         self.saves.append((step, tokens))
@@ -404,9 +410,28 @@ def test_a_jump_of_the_loss_ends_the_run_with_where_to_go_back_to(tmp_path: Path
         return replace(report, loss=100.0) if run.engine.calls == 5 else report
 
     run.engine.train_step = jumps  # type: ignore[method-assign]
-    trainer = Trainer(run)  # type: ignore[arg-type]  # a double of Run
     with pytest.raises(SpikeError, match="loss 100 at step 5"):
-        trainer.train()
-    assert trainer.roll_back is not None
-    assert trainer.roll_back == RollBack(3, 12, 20, trainer.roll_back.why)
+        run.train()
+    assert run.noted == [RollBack(3, 12, 20, run.noted[0].why)]
     assert [step for step, _ in memory.taken] == [1, 2, 3, 4]
+    assert run.commits == [1, 2, 3, 4, 5] and run.seen == [1, 2, 3, 3, 3], "a step is kept with what its loss adds"
+
+
+def test_a_loss_that_is_not_finite_goes_back_where_jumps_do(tmp_path: Path) -> None:
+    run = FakeRun(tmp_path, steps=9, broken=(2,), recovery=RecoveryConfig(spike_factor=2.0, spike_window=3))
+    with pytest.raises(SpikeError, match="loss nan at step 2"):
+        run.train()
+    assert [(back.at_most, back.first, back.stop) for back in run.noted] == [(0, 0, 8)]
+
+
+def test_a_step_skipped_for_its_gradients_alone_is_no_jump_but_counts_as_a_step(tmp_path: Path) -> None:
+    run = FakeRun(tmp_path, steps=4, recovery=RecoveryConfig(spike_factor=2.0, spike_window=3))
+    train_step = run.engine.train_step
+
+    def overflows(batches: Sequence[Any], lr: float) -> StepReport:
+        report = train_step(batches, lr)
+        return replace(report, grad_norm=float("inf"), skipped=True) if run.engine.calls == 2 else report
+
+    run.engine.train_step = overflows  # type: ignore[method-assign]
+    run.train()
+    assert run.noted == [] and run.seen == [1, 2, 3, 3]
