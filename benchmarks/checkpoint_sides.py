@@ -2,7 +2,8 @@
 
 A step is matrix products that update nothing, a meeting of all ranks, the gate (whatever a side must wait for before
 state may change), an update of all state in place, and, every few steps, a save. Blocked are the seconds in the save
-and at the gates. Before a save everything of the one before is waited for; that time is nobody's.
+and at the gates. All sides but none and windlass-sync save the random generators too. Before a save everything of
+the one before is waited for; that time is nobody's.
 
 `raw` is the machine as it is. In `link`, the copy that a side makes of its state takes at least as long as a link of
 the given speed needs: ours through snapshot.link_bytes_per_s, the copies of the others by a wait in the thread that
@@ -15,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import random
 import shutil
 import time
 from collections.abc import Callable, Mapping
@@ -23,6 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from checkpoint_ours import Held, Rank, make_state
@@ -78,9 +81,14 @@ class Job:
         return sum(t.nbytes for t in self.state.values())
 
     @property
-    def named(self) -> dict[str, torch.Tensor]:
-        """The state with names that differ by rank: none of it is replicated."""
-        return {f"rank{self.ranks.rank}.{key}": tensor for key, tensor in self.state.items()}
+    def whole(self) -> dict[str, Any]:
+        """The state and what a run needs beside it to go on as if nothing had been: the random generators, as now."""
+        return {**self.state, "rng": (random.getstate(), np.random.get_state(), torch.get_rng_state())}
+
+    @property
+    def named(self) -> dict[str, Any]:
+        """The same with names that differ by rank: none of it is replicated."""
+        return {f"rank{self.ranks.rank}.{key}": value for key, value in self.whole.items()}
 
     def place(self, step: int) -> Path:
         return self.folder / f"step-{step}"
@@ -168,7 +176,7 @@ class TorchSave(Saver):
         dist.barrier()
 
     def write(self, path: Path) -> None:
-        torch.save(dict(self.job.state), path)
+        torch.save(self.job.whole, path)
 
 
 class DeepSpeed(TorchSave):
@@ -182,7 +190,7 @@ class DeepSpeed(TorchSave):
         self._engine.zipfile_serialization = True  # the default of its configuration
 
     def write(self, path: Path) -> None:
-        self._engine.save(dict(self.job.state), str(path))
+        self._engine.save(self.job.whole, str(path))
         self._engine.commit(None)
 
 
@@ -264,7 +272,7 @@ class TorchCheckpointing(Saver):
         self._upload: Future[Any] | None = None
 
     def save(self, step: int) -> None:
-        self._upload = self._manager.save(str(self.job.place(step)), {"state": dict(self.job.state), "step": step})
+        self._upload = self._manager.save(str(self.job.place(step)), {"state": self.job.whole, "step": step})
 
     def gate(self) -> None:
         with self._manager.lock():  # held during the update, which nobody can wait for here

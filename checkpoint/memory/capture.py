@@ -159,6 +159,7 @@ class Capturer:
         self._under_way: Fill | None = None
         self._last: Fill | None = None
         self._last_step = 0  # that a snapshot was asked for
+        self._likely = 0  # to be free: the slot after the one that was filled last
         self._lazy = 0  # snapshots copied beside training
 
     # -- room --------------------------------------------------------------------------------------------------------
@@ -255,7 +256,7 @@ class Capturer:
         self._counters.skipped += 1
 
     def _picks(self) -> list[tuple[Slot, int]]:
-        found = (pick_slot(segment, self._header.generation) for segment in self._segments)
+        found = (pick_slot(segment, self._header.generation, self._likely) for segment in self._segments)
         return [pick for pick in found if pick is not None]
 
     def snapshot(
@@ -332,6 +333,7 @@ class Capturer:
             if slot.segment.role == PARITY:
                 header = replace(header, role=PARITY, layout="", num_bytes=slot.segment.slot_bytes)
             fill.slots.append((slot, header))
+            self._likely = (slot.index + 1) % self._policy.slots
         return fill
 
     # -- what is copied ----------------------------------------------------------------------------------------------

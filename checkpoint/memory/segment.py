@@ -390,13 +390,14 @@ def verify(slot: Slot, header: SlotHeader) -> list[int]:
     return [int(i) for i in np.flatnonzero(found != table)]
 
 
-def pick_slot(segment: Segment, generation: int) -> tuple[Slot, int] | None:
+def pick_slot(segment: Segment, generation: int, first: int = 0) -> tuple[Slot, int] | None:
     """Choose the slot to fill next, and say at which number it was found so: one that holds nothing, or one that a
     dead generation left half filled; none that a process, however old, may still write. None: skip this snapshot.
 
-    Whoever commits snapshots frees what they replace, so nothing that may be the newest is ever chosen.
+    Whoever commits snapshots frees what they replace, so nothing that may be the newest is ever chosen. `first`: the
+    slot to look at first, because it is likely to be free.
     """
-    for slot in segment.slots:
+    for slot in (*segment.slots[first:], *segment.slots[:first]):
         sequence = slot.sequence
         header = slot.header()
         holds_nothing = header is None or (header.state == State.FILLING and header.generation < generation)
