@@ -371,7 +371,8 @@ def run_persist(console: Console, given: argparse.Namespace, env: Mapping[str, s
     console.print(
         f"\npersist: {given.persist_mib} MiB from memory to {given.folder}, {len(rows)} rounds in turns: flush of the "
         f"snapshot process {rates['windlass']:.0f} MB/s, plain writer with fsync {rates['plain']:.0f} MB/s, "
-        f"ratio {share:.2f} (quartiles {low:.2f} and {high:.2f}): {'pass' if share >= PERSIST else 'MISS'} (>= {PERSIST})",
+        f"ratio {share:.2f} (quartiles {low:.2f} and {high:.2f}): "
+        f"{'pass' if share >= PERSIST else 'MISS'} (>= {PERSIST})",
         highlight=False,
     )
     return []
