@@ -1,22 +1,26 @@
-"""What the snapshot memory of a node holds, in words and tables. Reads only.
+"""What the snapshot memory of nodes holds, in words and tables: read here, asked for on other hosts. Reads only.
 
-Must not know: torch, configurations, other hosts.
+Must not know: torch, configurations.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from windlass.checkpoint.manifest import readable_bytes
+from windlass.checkpoint.memory.client import SnapshotClient
 from windlass.checkpoint.memory.folder import NodeFolder
 from windlass.checkpoint.memory.header import SlotHeader, State
 from windlass.checkpoint.memory.heartbeat import is_alive, read_heartbeat
-from windlass.checkpoint.memory.membership import Membership
+from windlass.checkpoint.memory.membership import Member, Membership
 from windlass.checkpoint.memory.segment import Segment, Slot, verify
 from windlass.dist.errors import CheckpointError
+
+ANSWER_S = 3.0
 
 
 @dataclass(frozen=True)
@@ -90,6 +94,55 @@ def node_lines(folder: NodeFolder) -> list[str]:
             alive = f"{beat.silent_s:.1f} s ago" if is_alive(beat.pid, beat.started) else "its process has ended"
             lines.append(f"  rank {rank}: {beat.phase.name} {beat.step}, {alive}")
     return lines
+
+
+def ask_others(folders: Sequence[NodeFolder]) -> list[tuple[str, list[SlotRow]]]:
+    """Ask the nodes of a run that have no folder here: a line about each, and what it holds in memory.
+
+    Blocks: host, at most about twice ANSWER_S
+    """
+    here = {folder.node for folder in folders}
+    worlds = [world for folder in folders if (world := _newest_membership(folder)) is not None]
+    newest = max(worlds, key=lambda world: world.generation, default=None)
+    away = {} if newest is None else {m.node: m for m in newest.members if m.node not in here}
+    if not away:
+        return []
+    with ThreadPoolExecutor(min(len(away), 32), "snapshot-ls") as pool:
+        return list(pool.map(lambda member: _asked(member, folders[0]), away.values()))
+
+
+def _newest_membership(folder: NodeFolder) -> Membership | None:
+    for generation in reversed(folder.memberships()):
+        path = folder.membership_path(generation)
+        try:
+            return Membership.parse(path.read_bytes(), str(path))
+        except (OSError, CheckpointError):  # damaged or just removed: an older one may still tell
+            continue
+    return None
+
+
+def _asked(member: Member, folder: NodeFolder) -> tuple[str, list[SlotRow]]:
+    try:
+        with SnapshotClient(member.host, member.port, folder.job, folder.read_token, ANSWER_S) as client:
+            hello, found = client.hello(), client.inventory()
+            rows = [
+                SlotRow(
+                    member.node,
+                    int(held["rank"]),
+                    str(held["role"]),
+                    number,
+                    int(held["step"]),
+                    int(held["generation"]),
+                    State(held["state"]).name,
+                    int(held["num_bytes"]),
+                )
+                for number, held in enumerate(found.held)
+                if held["tier"] == "ram"
+            ]
+        served = f"snapshot process {hello['pid']} at {member.host}:{member.port}, on another host"
+        return f"{member.node}: generation {found.generation}, {served}", rows
+    except (CheckpointError, KeyError, TypeError, ValueError) as error:
+        return f"{member.node}: does not answer: {error}", []
 
 
 def verify_slots(folder: NodeFolder) -> Iterator[tuple[str, str]]:

@@ -1,4 +1,4 @@
-"""`windlass snapshot`: what this host's memory holds of a run. Needs no devices and changes nothing, but for gc."""
+"""`windlass snapshot`: what memory holds of a run. Needs no devices and changes nothing, but for gc."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from windlass.dist.errors import CheckpointError
 
 app = typer.Typer(
-    help="List, verify and show the snapshots that this host's memory holds of a run.\n\n"
+    help="List the snapshots that nodes hold of a run in memory; verify, show and remove those of this host.\n\n"
     "Example: windlass snapshot ls runs/tiny",
     no_args_is_help=True,
 )
@@ -36,16 +36,22 @@ Base = Annotated[Path, typer.Option("--folder", callback=_existing, help="snapsh
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 
 
-@app.command("ls", help="List the snapshots of a run, newest first.\n\nExample: windlass snapshot ls runs/tiny")
+@app.command(
+    "ls",
+    help="List the snapshots of a run, newest first. To be called on a host of the run; its other nodes are asked.\n\n"
+    "Example: windlass snapshot ls runs/tiny",
+)
 def list_command(run: Run, base: Base = SHM, as_json: AsJson = False) -> None:
-    from windlass.launch.snapshot_view import list_slots, node_lines, slot_table
+    from windlass.launch.snapshot_view import ask_others, list_slots, node_lines, slot_table
 
     folders = _folders(run, base)
-    slots = [row for folder in folders for row in list_slots(folder)]
+    others = ask_others(folders)
+    slots = [row for folder in folders for row in list_slots(folder)] + [row for _, rows in others for row in rows]
     if as_json:
         typer.echo(json.dumps([row.as_json() for row in slots], indent=1))
         return
-    for line in [*(line for folder in folders for line in node_lines(folder)), *slot_table(slots)]:
+    nodes = [line for folder in folders for line in node_lines(folder)] + [line for line, _ in others]
+    for line in [*nodes, *slot_table(slots)]:
         typer.echo(line)
 
 

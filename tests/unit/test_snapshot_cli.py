@@ -15,6 +15,7 @@ import pytest
 from click.testing import Result
 from typer.testing import CliRunner
 
+from tests.snapshot_nodes import fleet_of
 from windlass.checkpoint.memory.folder import NodeFolder, SnapshotProcess
 from windlass.checkpoint.memory.header import SlotHeader, State
 from windlass.checkpoint.memory.heartbeat import Heartbeat, Phase, process_started
@@ -27,6 +28,7 @@ from windlass.dist.errors import CheckpointError, ConfigError
 from windlass.launch.cli.snapshot import app
 from windlass.launch.control_log import job_of
 from windlass.launch.run_folder import RunFolder, RunLock
+from windlass.launch.snapshot_view import ask_others
 
 CHUNK = 128
 SIZE = 1000
@@ -93,6 +95,20 @@ def test_ls_as_json(run: Path) -> None:
     found: list[dict[str, Any]] = json.loads(windlass(run, "ls", run, "--json").output)
     assert len(found) == 6 and {row["state"] for row in found} == {"COMMITTED", "FILLED", "FILLING"}
     assert found[0]["num_bytes"] == SIZE and found[0]["node"] == "node-0"
+
+
+def test_nodes_of_other_hosts_are_asked_and_named_where_they_do_not_answer(tmp_path: Path) -> None:
+    with fleet_of(tmp_path, 2) as fleet:
+        fleet.begin()
+        fleet.commit(1)
+        here = [fleet.nodes[0].folder]
+        [(line, rows)] = ask_others(here)
+        assert line.startswith("node-1: generation 1, snapshot process") and line.endswith("on another host")
+        assert {(row.role, row.step, row.state) for row in rows} == {(r, 1, "COMMITTED") for r in ("data", "parity")}
+        assert ask_others([node.folder for node in fleet.nodes]) == []
+        fleet.nodes[1].kill()
+        [(line, rows)] = ask_others(here)
+        assert line.startswith("node-1: does not answer: ") and rows == []
 
 
 def test_verify_reads_every_byte_and_passes_over_what_is_being_filled(run: Path) -> None:
