@@ -178,9 +178,11 @@ def train_all(comm: Comm, cases: Sequence[PipelineCase]) -> list[dict[str, Any]]
     return [train(comm, case) for case in cases]
 
 
+@pytest.mark.parametrize("share", ["half", pytest.param("all", marks=pytest.mark.soak)])
 @pytest.mark.parametrize(("ranks", "columns"), [(2, 1), (4, 2)])
-def test_every_pipeline_gives_the_bits_of_training_without_offloading(ranks: int, columns: int) -> None:
+def test_every_pipeline_gives_the_bits_of_training_without_offloading(ranks: int, columns: int, share: str) -> None:
     cases = [case_of(choice, columns) for choice in pairwise(CHOICES)]
+    cases = cases if share == "all" else cases[columns - 1 :: 2]  # two ranks train those that four do not
     everything = [*cases, *(replace(case, offload=OffloadConfig()) for case in cases)]
     results = run_world(ranks, train_all, everything, timeout_s=115.0)
     for i, case in enumerate(cases):
