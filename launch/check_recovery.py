@@ -139,7 +139,7 @@ def _check_restarts(loaded: Loaded, mesh: Mesh) -> None:
         for name in BY_WATCHDOG:
             _unused(loaded, f"recovery.{name}", why)
     if not recovery.max_restarts:
-        for name in ("min_workers", "replace_s", "grow_s", "crash_loops", "node_failures", "fork_server"):
+        for name in ("min_workers", "replace_s", "grow_s", "crash_loops", "node_failures", "window_s", "fork_server"):
             _unused(loaded, f"recovery.{name}", "with recovery.max_restarts = 0, which gives up at once")
     if recovery.min_workers > mesh.world_size:
         raise ConfigError(f"{loaded.at('recovery.min_workers')}: there are only {mesh.world_size} workers. Use fewer.")

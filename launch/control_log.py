@@ -38,8 +38,7 @@ Kind = Literal[
     "struck",  # a drill is about to break something on purpose
     "blow",  # and this is what it did
     "notice",  # something that did not stop training, such as a snapshot process that was replaced
-    "rollback",  # training went back to an earlier step on its own
-    "skip",  # batches [first, last) are left out from now on
+    "rollback",  # training goes back to an earlier step on its own, and on without the samples [first, last)
     "complete",  # the newest state is durable: nobody needs the snapshots any more
     "end",
 ]
@@ -211,7 +210,8 @@ class ControlLog:
 
     def skips(self) -> list[tuple[int, int]]:
         """Return the samples that are left out, as ranges [first, last) of the undisturbed order."""
-        return [(r["first"], r["last"]) for r in self.records if r["kind"] == "skip"]
+        # Runs that are older than this have these facts in records of their own kind, "skip".
+        return [(r["first"], r["last"]) for r in self.records if r["kind"] in ("rollback", "skip") and "first" in r]
 
     def left(self) -> dict[int, int]:
         """Return, for every generation that ended by going back, to which step that was.
@@ -219,6 +219,18 @@ class ControlLog:
         Steps above it of that and older generations belong to a history that nobody goes on from.
         """
         return {r["generation"]: r["step"] for r in self.records if r["kind"] == "rollback"}
+
+    def complete(self, generation: int) -> bool:
+        """Tell whether workers of a generation have said that their newest state is durable."""
+        return any(r["kind"] == "complete" and r["generation"] == generation for r in self.records)
+
+    def left_work(self) -> bool:
+        """Tell whether earlier launches may have left steps in memory that are nowhere else."""
+        left = False
+        for record in self.records[: len(self.records) - len(self.since_launch())]:
+            safe = record["kind"] == "complete" or (record["kind"] == "end" and record["code"] == 0)
+            left = not safe and (left or record["kind"] == "start")
+        return left
 
     def since_launch(self) -> list[Record]:
         """Return the records since a user started the run, all of them where no launcher writes such a record."""

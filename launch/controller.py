@@ -15,29 +15,37 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, final
 
-from windlass.dist.errors import (
-    ConfigError,
-    DataError,
-    ModelError,
-    NumericsError,
-    PlanError,
-    SpikeError,
-    WindlassError,
-    WorkerError,
-)
-from windlass.launch.control_log import ControlLog
+from windlass.dist.errors import CheckpointError, ConfigError, PlanError, SpikeError, WindlassError, WorkerError
+from windlass.launch.blame import blame
+from windlass.launch.control_log import ControlLog, Kind
 from windlass.launch.decide import Failed, History, Limits, Restart, Stop, Wait, decide
 from windlass.launch.drill import Strike, pending
 from windlass.launch.failure import Exit, Failure, format_failures, order_failures
 from windlass.launch.fleet import Fleet, Seating
-from windlass.launch.history import Recovery, StepWatch, describe, last_reached, measure, write_history
+from windlass.launch.history import (
+    Recovery,
+    StepWatch,
+    describe,
+    last_reached,
+    measure,
+    restored_step,
+    write_history,
+)
 from windlass.launch.recovery import RecoveryConfig
-from windlass.launch.supervisor import StopCount, WorkerGroup, conclude, supervise
+from windlass.launch.supervisor import (
+    StopCount,
+    Stopped,
+    WorkerGroup,
+    check_stop,
+    conclude,
+    interruptible,
+    supervise,
+)
 
 REPORT_S = 0.5  # a lost peer is noticed within milliseconds; recovery does not wait for the slowest report
 LOOK_S = 0.25  # between looks at nodes that are waited for, and at reports of a start
+SOON_S = 0.05  # the same once a worker has ended: the node of another may be why
 AIM_S = 0.01  # between looks at the step while a drill waits for one
-MISTAKES = tuple(kind.exit_code for kind in (ConfigError, PlanError, DataError, ModelError, NumericsError))
 
 
 @dataclass(frozen=True)
@@ -52,7 +60,13 @@ class Patience:
 def limits_of(config: RecoveryConfig, workers: int, sizes: Sequence[int]) -> Limits:
     """Return the limits of recovery for a job that works with these numbers of workers."""
     return Limits(
-        workers, tuple(sizes), config.max_restarts, config.crash_loops, config.node_failures, config.replace_s
+        workers,
+        tuple(sizes),
+        config.max_restarts,
+        config.crash_loops,
+        config.node_failures,
+        config.replace_s,
+        config.window_s,
     )
 
 
@@ -123,6 +137,8 @@ class Controller:
         running = bool(records) and records[-1]["kind"] not in ("failure", "lost", "planned", "generation", "decision")
         group = self._fleet.attach(self._generation, self._seating) if running and self._seating else None
         if group is not None:
+            begun = [record for record in records if record["kind"] == "decision"][-1]
+            self._steps.begin(begun.get("metrics", 0))
             self._say(f"windlass: a new controller takes over generation {self._generation}")
             self._log.adopt()
             exits = self._watch(group, stop)
@@ -144,33 +160,39 @@ class Controller:
 
     def _start(self, exits: list[Exit], stop: StopCount) -> list[Exit] | int:
         """Begin a generation and return how its workers ended, or the exit code of the job if it does not begin."""
+        try:
+            with interruptible(stop):
+                check_stop()  # what is in memory can be made durable until a new generation begins
+                begun = self._begin_generation(exits)
+        except Stopped:
+            return self._stopped([], stop)
+        return begun if isinstance(begun, int | list) else self._watch(begun, stop)
+
+    def _begin_generation(self, exits: list[Exit]) -> WorkerGroup | list[Exit] | int:
+        """Fence, decide and start workers; return them, or how they failed to start, or the exit code of the job."""
         generation = self._log.bump(by="controller")
-        failed = self._record_end(exits, stop)
+        failed = self._record_end(exits)
         self._fleet.fence(generation)
         fenced = time.time()
         if failed is not None and failed.kind != "planned":
             failed = self._look_for_lost_nodes(failed)
-        decision = self._decide(stop)
-        if stop.count:
-            return self._stopped([], stop)
+        decision = self._decide()
         if isinstance(decision, Stop):
             return self._give_up(decision, exits)
-        self._log.append("decision", action="restart", nodes=list(decision.seating.nodes), why=decision.why)
-        self._pause(decision.pause_s, stop)
-        if stop.count:
-            return self._stopped([], stop)
+        nodes, at = list(decision.seating.nodes), self._steps.begin()
+        self._log.append("decision", action="restart", nodes=nodes, why=decision.why, metrics=at)
+        self._pause(decision.pause_s)
         if failed is not None:
             reached = last_reached(self._log.since_launch())
             self._recovery = Recovery(generation, failed, decision.why, fenced, time.time(), reached)
         self._generation, self._seating = generation, decision.seating
-        self._steps.begin()
         try:
             group = self._fleet.start(generation, decision.seating, self._variables)
         except WorkerError as error:
             fault = Failure(0, time.time(), f"the workers do not start: {error}", "", error.exit_code, False, "start")
             return [Exit(0, error.exit_code, time.time(), fault, stopped=False)]
         self._log.append("start", workers=decision.seating.world_size)
-        return self._watch(group, stop)
+        return group
 
     def _watch(self, group: WorkerGroup, stop: StopCount) -> list[Exit]:
         """Watch workers until all have ended."""
@@ -211,11 +233,11 @@ class Controller:
         if whole:
             self._strike()
         now = time.monotonic()
-        if now - self._looked >= LOOK_S:
+        if now - self._looked >= (LOOK_S if whole else SOON_S):
             self._looked = now
             self._log.check_owner()
             for news in self._fleet.tend():
-                self._log.append("notice", message=news)
+                self._note("notice", message=news)
                 self._say(f"windlass: {news}")
             self._look_at_start()
             self._planned = self._planned or (self._wish() if whole else "")
@@ -226,13 +248,23 @@ class Controller:
         while self._strikes and self._steps.last() >= self._strikes[0].step:
             strike = self._strikes.pop(0)
             # Written first: a strike may hit the controller itself, and is not to be repeated then.
-            self._log.append("struck", what=strike.kind, target=strike.target, at=strike.step)
+            if not self._note("struck", what=strike.kind, target=strike.target, at=strike.step):
+                continue
             try:
                 message, done = self._fleet.strike(strike.kind, strike.target), True
             except ConfigError as error:
                 message, done = str(error), False
-            self._log.append("blow", message=message, done=done)
+            self._note("blow", message=message, done=done)
             self._say(f"windlass: drill {strike}: {message}")
+
+    def _note(self, kind: Kind, **facts: Any) -> bool:
+        """Add a record that no decision needs; return whether that worked. A full disk ends no healthy run."""
+        try:
+            self._log.append(kind, **facts)
+        except CheckpointError as error:
+            self._say(f"windlass: {kind} is not noted: {error}")
+            return False
+        return True
 
     def _wish(self) -> str:
         """Return why workers should move now, although none has failed."""
@@ -260,7 +292,7 @@ class Controller:
         struck = [r["time"] for r in self._log.since_launch() if r["kind"] == "struck"]
         measured = measure(self._run, self._recovery, struck)
         if measured.done:
-            self._log.append("recovered", **measured.as_record())
+            self._note("recovered", **measured.as_record())
             self._say(describe(measured))
             self._write_history()
         if measured.done or last:
@@ -271,31 +303,21 @@ class Controller:
     def _history(self) -> History:
         return History.of(self._log.records)
 
-    def _record_end(self, exits: list[Exit], stop: StopCount) -> Failed | None:
+    def _record_end(self, exits: list[Exit]) -> Failed | None:
         """Write down why the workers ended, first of all; what is known of nodes follows after fencing."""
-        if not exits or stop.count:
+        if not exits:
             return None
         assert self._seating is not None
         # Without a step in this generation, what counts is how far the ones before it came.
-        step = self._steps.last() or last_reached(self._log.since_launch())
+        done = self._steps.last()
+        step = done or last_reached(self._log.since_launch())
         when = min(ended.when for ended in exits)
         if self._planned:
             self._log.append("planned", why=self._planned, step=step)
             return Failed(self._generation, "planned", step, self._planned, time=when)
         self._say(format_failures(exits))
-        cause = order_failures(exits)[0]
-        known = not cause.secondary and cause.kind != "start"
-        failed = Failed(
-            generation=self._generation,
-            kind=cause.kind or "worker",
-            step=step,
-            message=cause.message,
-            node=self._seating.nodes[cause.rank] if known else "",
-            rank=cause.rank,
-            exit_code=cause.exit_code,
-            repeats=cause.exit_code in MISTAKES and not cause.kind,
-            time=min(ended.when for ended in exits if ended.code != 0),
-        )
+        restored = restored_step(self._run, self._generation) if done else step
+        failed = blame(exits, self._seating, self._generation, step=step, restored=restored)
         facts: dict[str, Any] = {name: value for name, value in vars(failed).items() if name != "kind"}
         self._log.append("failure", what=failed.kind, **facts)
         return failed
@@ -310,17 +332,16 @@ class Controller:
         self._say(f"windlass: lost {', '.join(lost)}")
         return self._history().failures[-1]
 
-    def _decide(self, stop: StopCount) -> Restart | Stop:
+    def _decide(self) -> Restart | Stop:
         """Decide, waiting for nodes as long as the limits allow. The wait counts from the failure, whoever waits."""
         began, told = time.time(), False
         while True:
+            check_stop()
             history = self._history()
             since = history.failures[-1].time if history.failures and self._seating is not None else began
             decision = decide(history, self._fleet.nodes(), self._limits, waited_s=time.time() - since)
             if not isinstance(decision, Wait):
                 return decision
-            if stop.count:
-                return Stop("stopped on request")
             if not told:
                 self._say(f"windlass: {decision.why}; waiting up to {decision.seconds:.0f} s for nodes")
                 told = True
@@ -328,11 +349,12 @@ class Controller:
                 self._say(f"windlass: {news}")
             time.sleep(min(LOOK_S, decision.seconds))
 
-    def _pause(self, seconds: float, stop: StopCount) -> None:
+    def _pause(self, seconds: float) -> None:
         until = time.monotonic() + seconds
         if seconds:
             self._say(f"windlass: no new step since the last failure; starting again in {seconds:.0f} s")
-        while time.monotonic() < until and not stop.count:
+        while time.monotonic() < until:
+            check_stop()
             time.sleep(0.05)
 
     # -- ends -------------------------------------------------------------------------------------------------------
@@ -345,12 +367,13 @@ class Controller:
         well = bool(exits) and all(ended.code == 0 for ended in exits)
         if well and (not self._patience.flush_s or self._complete()):
             return 0
-        if not self._has_worked() and all(failure.secondary for failure in order_failures(exits)):
-            self._say("windlass: stopped on request before the first step")
-            return 0
+        blameless = all(failure.secondary for failure in order_failures(exits))
         step = self._fleet.flush(self._patience.flush_s) if self._patience.flush_s else None
-        if step is not None and all(failure.secondary for failure in order_failures(exits)):
+        if step is not None and blameless:
             self._say(f"windlass: stopped on request; step {step} was made durable from snapshots")
+            return 0
+        if blameless and not self._has_worked():
+            self._say("windlass: stopped on request before the first step")
             return 0
         if not exits:
             self._say("windlass: stopped on request while no worker was running; snapshots stay for their lease")
@@ -362,8 +385,9 @@ class Controller:
         return conclude(exits, stop) or 128 + signal.SIGTERM
 
     def _has_worked(self) -> bool:
-        """Whether this launch has done steps, which its memory may hold."""
-        return self._steps.last() > 0 or any(r["kind"] in ("failure", "planned") for r in self._log.since_launch())
+        """Whether there may be steps in memory that are nowhere else: of this launch, or of one that was killed."""
+        ended = any(r["kind"] in ("failure", "planned") for r in self._log.since_launch())
+        return self._steps.last() > 0 or ended or (self._patience.flush_s > 0 and self._log.left_work())
 
     def _give_up(self, decision: Stop, exits: list[Exit]) -> int:
         self._log.append("decision", action="stop", why=decision.why)
@@ -373,8 +397,16 @@ class Controller:
         return failures[0].exit_code if failures else WorkerError.exit_code
 
     def _end(self, code: int) -> None:
+        complete = False
         try:
-            self._fleet.release(code == 0 and self._complete())
+            self._log.check_owner()
+            complete = code == 0 and self._complete()
+        except WorkerError:  # nodes, and workers that run there now, are of the newer generation
+            return
+        except CheckpointError as error:
+            self._say(f"windlass: {error}")
+        try:
+            self._fleet.release(complete)
         finally:
             try:
                 self._log.append("end", code=code)
@@ -385,7 +417,7 @@ class Controller:
     def _complete(self) -> bool:
         """Whether the workers have said that the newest state is durable, or there is nothing to say."""
         self._log.refresh()
-        return any(r["kind"] == "complete" and r["generation"] == self._generation for r in self._log.records)
+        return self._log.complete(self._generation)
 
     def _write_history(self) -> None:
         try:

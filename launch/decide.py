@@ -1,8 +1,9 @@
 """What happens after a failure, as a pure function of what has happened: who sits where, or why the run ends.
 
-Rules, in order: mistakes that would repeat end the run; the budget of restarts; the same step failing again without
-progress (data or code is suspect); nodes that failed too often are left out; otherwise in place, on a spare node, on
-fewer workers of an allowed number, and back on all of them when there is room again.
+Rules, in order: mistakes that would repeat end the run; the same step failing again without progress (data or code is
+suspect); the budget of restarts; nodes that failed too often are left out; otherwise in place, on a spare node, on
+fewer workers of an allowed number, and back on all of them when there is room again. What failed long before the
+newest failure counts no more.
 Must not know: processes, files, clocks, Ray. Replaying the log gives the same decision.
 """
 
@@ -22,7 +23,10 @@ MAX_BACKOFF_S = 30.0
 
 @dataclass(frozen=True)
 class Limits:
-    """How far recovery may go. `sizes`: numbers of workers with which this job works, `workers` the one wanted."""
+    """How far recovery may go. `sizes`: numbers of workers with which this job works, `workers` the one wanted.
+
+    Units: seconds; `window_s`: failures longer before the newest do not count, 0: all do
+    """
 
     workers: int
     sizes: tuple[int, ...] = ()
@@ -30,12 +34,13 @@ class Limits:
     crash_loops: int = 2
     node_failures: int = 2
     replace_s: float = 0.0
+    window_s: float = 0.0
 
 
 @dataclass(frozen=True)
 class Failed:
-    """One failure. `kind`: worker | hang | node | start; `step`: the last one that was finished; `repeats`: a mistake
-    that no restart mends; `node` empty: nobody knows.
+    """One failure. `kind`: worker | hang | node | start; `step`: the last one that was finished; `restored`: the one
+    before the first that was made, None if unknown; `repeats`: a mistake that no restart mends; `node` empty: unknown.
     """
 
     generation: int
@@ -47,6 +52,7 @@ class Failed:
     exit_code: int = 1
     repeats: bool = False
     time: float = 0.0
+    restored: int | None = None
 
     @property
     def blames_node(self) -> bool:
@@ -81,16 +87,32 @@ class History:
                 failures[-1] = replace(failures[-1], kind="node", node=record["nodes"][0])
         return History(tuple(failures), seating)
 
+    def within(self, window_s: float) -> History:
+        """Return the history without failures that are longer ago than this, counted back from the newest."""
+        if not window_s or not self.failures:
+            return self
+        newest = max(failed.time for failed in self.failures)
+        return replace(self, failures=tuple(f for f in self.failures if newest - f.time <= window_s))
+
     @property
-    def loop(self) -> int:
-        """How many failures in a row came without a new step. Lost nodes are no sign of bad data or code."""
-        best, length = -1, 0
+    def looping(self) -> tuple[Failed, ...]:
+        """The failures in a row, up to the last, without progress. Lost nodes are no sign of bad data or code.
+
+        Progress is a step that nobody had done. Where steps are done again it is also any step beyond the restored one,
+        unless that is where it failed before.
+        """
+        row: list[Failed] = []
+        best = -1
         for failed in self.failures:
             if failed.kind == "node":
                 continue
-            length = length + 1 if length and failed.step <= best else 1
+            redone = failed.restored is not None and failed.step > failed.restored
+            elsewhere = all(failed.step != before.step for before in row)
+            if failed.step > best or (redone and elsewhere):
+                row = []
+            row.append(failed)
             best = max(best, failed.step)
-        return length
+        return tuple(row)
 
     def bad_nodes(self, limit: int) -> frozenset[str]:
         counts = Counter(failed.node for failed in self.failures if failed.blames_node)
@@ -129,8 +151,10 @@ def decide(history: History, nodes: Sequence[Node], limits: Limits, *, waited_s:
     """Decide how a run goes on (or begins, with an empty history).
 
     Invariant:   pure. A Restart never seats a worker on a lost or excluded node, nor more on a node than it holds; its
-                 number of workers is allowed; there are never more Restarts after failures than `max_restarts`
+                 number of workers is allowed; there are never more Restarts after failures than `max_restarts` within
+                 `window_s`
     """
+    history = history.within(limits.window_s)
     if (end := _must_stop(history, limits)) is not None:
         return end
     bad = history.bad_nodes(limits.node_failures) if len(nodes) > 1 else frozenset()
@@ -156,16 +180,17 @@ def _must_stop(history: History, limits: Limits) -> Stop | None:
     last = history.failures[-1]
     if last.repeats:
         return Stop("the same would happen again")
-    if history.loop >= limits.crash_loops and last.kind != "node":
-        recent = [failed for failed in history.failures if failed.kind != "node"][-history.loop :]
-        where = f"step {max(failed.step for failed in recent) + 1}"
+    looping = history.looping
+    if len(looping) >= limits.crash_loops and last.kind != "node":
+        steps = [str(step) for step in sorted({failed.step + 1 for failed in looping})]
         return Stop(
-            f"{where} failed {history.loop} times without progress (recovery.crash_loops = {limits.crash_loops}): "
-            "suspect the data or the code, not the machines",
-            tuple(f"generation {f.generation}, after step {f.step}, {_where(f)}: {f.message}" for f in recent),
+            f"step{'s' * (len(steps) > 1)} {', '.join(steps)} failed {len(looping)} times without progress "
+            f"(recovery.crash_loops = {limits.crash_loops}): suspect the data or the code, not the machines",
+            tuple(f"generation {f.generation}, after step {f.step}, {_where(f)}: {f.message}" for f in looping),
         )
     if len(history.failures) > limits.max_restarts:
-        return Stop(f"recovery.max_restarts = {limits.max_restarts} restarts are used up")
+        within = f" within recovery.window_s = {limits.window_s:g}" if limits.window_s else ""
+        return Stop(f"recovery.max_restarts = {limits.max_restarts} restarts are used up{within}")
     return None
 
 
@@ -187,7 +212,8 @@ def _missing(nodes: Sequence[Node], bad: frozenset[str], usable: Sequence[Node],
 
 def _pause(history: History) -> float:
     """Return how long to wait: not after a first failure, then twice as long for each one without progress."""
-    return min(2.0 ** (history.loop - 2), MAX_BACKOFF_S) if history.loop > 1 else 0.0
+    length = len(history.looping)
+    return min(2.0 ** (length - 2), MAX_BACKOFF_S) if length > 1 else 0.0
 
 
 def _why(history: History, seating: Seating, bad: frozenset[str]) -> str:

@@ -59,12 +59,15 @@ class Fleet(Protocol):
         reached, tell the snapshot processes the new generation, and start those that should run and do not.
 
         Blocks:      at most some seconds for each node, all at once; a node that does not answer counts as lost
+        Raises:      Stopped, if waits were made interruptible
         """
 
     def start(self, generation: int, seating: Seating, variables: Mapping[str, str]) -> WorkerGroup:
         """Start the workers of a generation, with further variables in their environment.
 
-        Raises:      WorkerError naming the node if one cannot be used; the controller then decides anew
+        Blocks:      until all run: the first time, while a process imports everything
+        Raises:      WorkerError naming the node if one cannot be used; the controller then decides anew. Stopped, if
+                     waits were made interruptible
         """
 
     def attach(self, generation: int, seating: Seating) -> WorkerGroup | None:
@@ -88,7 +91,8 @@ class Fleet(Protocol):
     def release(self, ok: bool) -> None:
         """End what is left of the job; `ok`: it is complete, so snapshots are removed, else they stay for their lease.
 
-        Invariant:   may be called once, at any time after the constructor, also after an error
+        Invariant:   may be called once, at any time after the constructor, also after an error; not when another
+                     controller has begun a newer generation, whose nodes and workers these are
         """
 
     def strike(self, kind: str, target: str) -> str:

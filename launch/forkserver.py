@@ -8,6 +8,7 @@ Must not know: what a worker computes, when one is started again.
 
 from __future__ import annotations
 
+import gc
 import importlib
 import json
 import os
@@ -17,6 +18,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 import traceback
 from collections.abc import Mapping, Sequence
 from typing import IO, Any, NoReturn, final
@@ -24,11 +26,22 @@ from typing import IO, Any, NoReturn, final
 from windlass.dist import env
 from windlass.dist.errors import WorkerError
 from windlass.launch.local import WorkerCommand, die_with_parent, import_path
+from windlass.launch.supervisor import Stopped, check_stop
 
-# The last one is imported by torch's first forward otherwise, most of a second.
-PRELOADED = ("torch", "windlass.launch.worker", "windlass.launch.run", "torch.fx.experimental.symbolic_shapes")
+PRELOADED = (
+    "torch",
+    "windlass.launch.worker",
+    "windlass.launch.run",
+    # Imported when first used otherwise: by torch's first forward, most of a second,
+    "torch.fx.experimental.symbolic_shapes",
+    # by the first snapshot and its state of generators, and by the first address.
+    "numpy.random",
+    "torch.utils.serialization",
+    "encodings.idna",
+)
 REQUEST_BYTES = 1 << 20
 ANSWER_S = 120.0  # the first answer comes when everything is imported
+LOOK_S = 0.1  # between looks whether somebody wants to stop meanwhile
 
 
 @final
@@ -55,7 +68,7 @@ class Forked:
 class ForkServer:
     """The launcher's end. For one thread, that of the launcher: the kernel ties the server's life to it.
 
-    Raises:      WorkerError if the server cannot start or does not answer
+    Raises:      WorkerError if the server cannot start or does not answer; Stopped if somebody asks to stop meanwhile
     """
 
     def __init__(self, preload: Sequence[str] = PRELOADED) -> None:
@@ -105,6 +118,9 @@ class ForkServer:
         except OSError as error:
             self.close()
             raise WorkerError(f"the process that starts workers has ended ({error}); see its output above") from error
+        except Stopped:
+            self.close()  # it would still fork what nobody waits for
+            raise
         finally:
             for fd in theirs:
                 os.close(fd)
@@ -113,7 +129,7 @@ class ForkServer:
 
     def _start(self) -> None:
         mine, other = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        mine.settimeout(ANSWER_S)
+        mine.settimeout(LOOK_S)
         for end in (mine, other):
             end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 2 * REQUEST_BYTES)
         with other:
@@ -128,8 +144,15 @@ class ForkServer:
         self._socket = mine
 
     def _answer(self) -> int:
+        until = time.monotonic() + ANSWER_S
         while True:
-            message = self._receive()
+            check_stop()
+            try:
+                message = self._receive()
+            except TimeoutError:
+                if time.monotonic() > until:
+                    raise
+                continue
             if "pid" in message:
                 return int(message["pid"])
             self._note(message)
@@ -157,7 +180,7 @@ class ForkServer:
                 self.close()
             finally:
                 if self._socket is not None:
-                    self._socket.settimeout(ANSWER_S)
+                    self._socket.settimeout(LOOK_S)
         if self._socket is None and pid not in self._exits:
             return -signal.SIGKILL
         return self._exits.pop(pid, None)
@@ -199,6 +222,7 @@ def serve(control: socket.socket, preload: Sequence[str]) -> None:
     """Fork a child for every request until the launcher closes the connection."""
     for name in preload:
         importlib.import_module(name)
+    gc.freeze()  # no child looks through all of it for garbage, and so copies every page of it
     wake_read, wake_write = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
     signal.set_wakeup_fd(wake_write, warn_on_full_buffer=False)
     signal.signal(signal.SIGCHLD, lambda signum, frame: None)
@@ -211,11 +235,7 @@ def serve(control: socket.socket, preload: Sequence[str]) -> None:
                     data, fds, _, _ = socket.recv_fds(control, REQUEST_BYTES, 3)
                     if not data:
                         return
-                    pid = os.fork()
-                    if pid == 0:
-                        for fd in (wake_read, wake_write):
-                            os.close(fd)
-                        _become_worker(control, json.loads(data), fds)
+                    pid = _fork(control, json.loads(data), fds, [wake_read, wake_write])
                     for fd in fds:
                         os.close(fd)
                     control.send(json.dumps({"pid": pid}).encode())
@@ -235,16 +255,33 @@ def _reap(control: socket.socket) -> None:
         control.send(json.dumps({"ended": pid, "code": os.waitstatus_to_exitcode(status)}).encode())
 
 
+def _fork(control: socket.socket, request: Mapping[str, Any], fds: list[int], ours: list[int]) -> int:
+    """Fork a worker and return its number; `ours`: what it must not keep.
+
+    Invariant:   once this returns, the worker dies with this process, and signals to its group reach it
+    """
+    die = die_with_parent()
+    done, doing = os.pipe2(os.O_CLOEXEC)
+    pid = os.fork()
+    if pid == 0:
+        if die is not None:
+            die()
+        os.setsid()
+        for fd in (*ours, done, doing):
+            os.close(fd)
+        _become_worker(control, request, fds)
+    os.close(doing)
+    os.read(done, 1)  # until the child has closed its end, or is gone
+    os.close(done)
+    return pid
+
+
 def _become_worker(control: socket.socket, request: Mapping[str, Any], fds: list[int]) -> NoReturn:
     """Run in the forked child what `python ARGUMENTS` would run, and end."""
     code = 1
     try:
         signal.set_wakeup_fd(-1)
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-        die = die_with_parent()
-        if die is not None:
-            die()
-        os.setsid()
         control.close()
         for target, fd in enumerate(fds):
             os.dup2(fd, target)

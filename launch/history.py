@@ -37,10 +37,12 @@ class StepWatch:
         self._path = RunFolder(run).metrics
         self.begin()
 
-    def begin(self) -> None:
-        """Look only at what is written from now on."""
-        self._at = self._path.stat().st_size if self._path.exists() else 0
+    def begin(self, at: int | None = None) -> int:
+        """Look only at what is written from now on, or behind these bytes; return behind how many."""
+        size = self._path.stat().st_size if self._path.exists() else 0
+        self._at = began = size if at is None else at
         self._step = 0
+        return began
 
     def last(self) -> int:
         """Return the last step that was finished since `begin`, 0 for none."""
@@ -122,23 +124,33 @@ def measure(run: Path, recovery: Recovery, struck: Sequence[float] = ()) -> Meas
     if recovery.resumed - recovery.fenced > 0.05:
         seconds["wait"] = recovery.resumed - recovery.fenced
     reports = read_phases(run, recovery.generation)
+    loaded = _loaded(reports)
     before = max(recovery.fenced, recovery.resumed)
     for name, phase in WORKER_PHASES:
         times = [report["time"] for report in reports if report["phase"] == phase]
         if times:
             seconds[name] = max(max(times) - before, 0.0)
             before = max(before, *times)
-    loaded = [report for report in reports if report["phase"] == "loaded" and report.get("step") is not None]
     return Measured(
         generation=recovery.generation,
         failed=failed,
         why=recovery.why,
-        restored=loaded[0]["step"] if loaded else None,
-        tier=(loaded[0].get("tier") or loaded[0].get("source") or "") if loaded else "",
+        restored=loaded.get("step"),
+        tier=loaded.get("tier") or loaded.get("source") or "",
         seconds=seconds,
         done=any(report["phase"] == "first_step" for report in reports),
         reached=recovery.reached,
     )
+
+
+def restored_step(run: Path, generation: int) -> int | None:
+    """Return the step that the workers of a generation went on from; None: nobody has said."""
+    return _loaded(read_phases(run, generation)).get("step")
+
+
+def _loaded(reports: Iterable[Record]) -> Record:
+    """Return the first report of what was restored, an empty one if there is none."""
+    return next((r for r in reports if r["phase"] == "loaded" and r.get("step") is not None), {})
 
 
 def last_reached(records: Sequence[Record]) -> int:

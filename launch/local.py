@@ -144,11 +144,18 @@ def import_path() -> str:
 
 
 def die_with_parent() -> Callable[[], None] | None:
-    """Return what a child runs before exec so that the kernel kills it when its parent dies (Linux only)."""
+    """Return what a child of this process runs first so that the kernel kills it when its parent dies (Linux only)."""
     if not sys.platform.startswith("linux"):
         return None
+    parent = os.getpid()
     prctl = ctypes.CDLL(None, use_errno=True).prctl  # loaded before the fork: a forked child must not load libraries
-    return lambda: prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+    def die() -> None:
+        prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parent:  # it ended before the kernel knew
+            os._exit(1)
+
+    return die
 
 
 def send_to_group(process: WorkerProcess, signum: int) -> None:

@@ -49,18 +49,32 @@ class RecoveryConfig:
         metadata={"help": "failures in a row without a new step that end the run: data or code is suspect", "ge": 1},
     )
     node_failures: int = field(default=3, metadata={"help": "failures of one node that exclude it", "ge": 1})
+    window_s: float = field(
+        default=86400.0,
+        metadata={
+            "help": "failures this long before the newest one count no more for max_restarts, node_failures and "
+            "crash_loops (0: all count for ever)",
+            "unit": "s",
+            "ge": 0,
+        },
+    )
     fork_server: bool = field(
         default=True,
         metadata={"help": "fork workers from a process that has imported everything, for quicker restarts"},
     )
     spike_factor: float = field(
         default=0.0,
-        metadata={"help": "a loss of this many times the median goes back and skips the batches (0: never)", "ge": 0},
+        metadata={
+            "help": "a loss of this many times the median, or one that is not finite, goes back and skips the batches "
+            "(0: never)",
+            "ge": 0,
+        },
     )
     spike_window: int = field(
-        default=20, metadata={"help": "steps whose median the loss is compared with", "unit": "steps", "ge": 3}
+        default=20,
+        metadata={"help": "steps whose median the loss is compared with", "unit": "steps", "ge": 3, "le": 2000},
     )
     spike_back: int = field(
-        default=1, metadata={"help": "go back at least this far before the jump", "unit": "steps", "ge": 1}
+        default=1, metadata={"help": "go back at least this far before the jump", "unit": "steps", "ge": 1, "le": 1000}
     )
     spike_attempts: int = field(default=2, metadata={"help": "jumps after which the run ends", "ge": 1})

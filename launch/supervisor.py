@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import replace
 from types import FrameType
 from typing import Protocol
@@ -39,6 +40,32 @@ class StopCount(Protocol):
     """How often somebody asked to stop: the first time saves, the second kills."""
 
     count: int
+
+
+class Stopped(Exception):
+    """Somebody asked to stop while something was waited for."""
+
+
+_listening: ContextVar[StopCount | None] = ContextVar("listening", default=None)
+
+
+@contextmanager
+def interruptible(stop: StopCount) -> Iterator[None]:
+    """Let whatever the block waits for, however far below, end with Stopped once somebody asks to stop."""
+    before = _listening.set(stop)
+    try:
+        yield
+    finally:
+        _listening.reset(before)
+
+
+def check_stop() -> None:
+    """Raise Stopped if somebody has asked to stop. For waits, some times a second; elsewhere than in `interruptible`
+    nobody has.
+    """
+    stop = _listening.get()
+    if stop is not None and stop.count:
+        raise Stopped
 
 
 class StopRequests:
@@ -100,7 +127,10 @@ def supervise(
         if stop.count > answered:
             answered = stop.count
             kill_at = min(kill_at, now + deadline_s)
-            send(signal.SIGTERM if answered == 1 else signal.SIGKILL)
+            if answered > 1:
+                send(signal.SIGKILL)
+            elif not asked_to_save:  # a second SIGTERM would end them before they have saved
+                send(signal.SIGTERM)
         if tend(not exits and not answered) and not asked_to_save and not answered:
             asked_to_save = True
             send(signal.SIGTERM)

@@ -8,7 +8,6 @@ outlive all of that. Must not know: other nodes, when workers are started again.
 from __future__ import annotations
 
 import os
-import shutil
 import signal
 import threading
 import time
@@ -71,9 +70,13 @@ class NodeAgent:
             self._folder.remove()  # nobody else would; with snapshots it is theirs, until their own lease ends
         os._exit(0)  # from a thread; Ray does not start this actor again
 
-    def beat(self) -> list[str]:
-        """Say that somebody still needs this node; return news for people."""
+    def beat(self) -> None:
+        """Say that somebody still needs this node."""
         self._heard = time.monotonic()
+
+    def news(self) -> list[str]:
+        """Return what people should hear."""
+        self.beat()
         return [] if self._memory is None else self._memory.tend()
 
     def fence(self, generation: int, anew: bool = False) -> None:
@@ -100,21 +103,28 @@ class NodeAgent:
         self.beat()
         return None if self._memory is None else self._memory.flush(deadline_s)
 
-    def release(self, ok: bool) -> None:
-        """End what is left of the job on this node; without `ok` snapshots stay for their lease."""
+    def release(self, ok: bool, generation: int) -> None:
+        """End what is left of the job on this node; without `ok` snapshots stay for their lease.
+
+        Invariant:   nothing of a newer generation is touched: the node is another controller's then
+        """
         self.beat()
         with self._busy:
-            records.end(records.workers(self._folder), KILL_S)
+            if self._folder.read_generation() > generation:
+                return
+            records.end(records.workers(self._folder, older_than=generation + 1), KILL_S)
             if self._memory is None:
                 self._folder.remove()
             else:
                 self._memory.release(ok)
 
-    def strike(self, kind: str) -> None:
-        """Break this node on purpose: agent, smp, node, reboot (folders stay) or zombie (only Ray loses it)."""
-        if kind == "smp" and self._memory is not None:
-            self._memory.kill()
-            return
+    def strike(self, kind: str) -> bool:
+        """Break this node on purpose: agent, smp, node, reboot (folders stay) or zombie (only Ray loses it).
+
+        Return False if there was nothing to break. All but smp end this actor: nobody gets an answer.
+        """
+        if kind == "smp":
+            return self._memory is not None and self._memory.kill() != 0
         self._struck = True  # from here on nobody looks after anything
         if kind in ("node", "reboot"):
             # All at once, as when the power goes: Ray's process first, so that nobody can tell anybody.
@@ -125,13 +135,14 @@ class NodeAgent:
             if self._memory is not None:
                 self._memory.leave()
                 self._memory.kill()
-        if kind == "node":
+        if kind == "node" and self._memory is not None:
+            self._memory.lose(Path(self._site.local_dir) if self._site.local_dir else None)
+        elif kind == "node":
             self._folder.remove()
-            if self._site.local_dir:
-                shutil.rmtree(Path(self._site.local_dir) / self._folder.job / self._folder.node, ignore_errors=True)
         if kind == "zombie":
             os.kill(self._raylet, signal.SIGKILL)
         os.kill(os.getpid(), signal.SIGKILL)
+        return True
 
 
 def _memory(site: Site) -> NodeMemory | None:

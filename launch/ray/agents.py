@@ -17,10 +17,12 @@ from ray.exceptions import GetTimeoutError, RayActorError, RayError
 
 from windlass.dist.errors import ConfigError
 from windlass.launch.ray.agent import NodeAgent, Site
+from windlass.launch.ray.beats import BEAT_S
 from windlass.launch.ray.places import Place, Places
 from windlass.launch.ray.wishes import Wishes, actor_on, cause_of
+from windlass.launch.supervisor import check_stop
 
-BEAT_S, BEATS = 1.0, 3
+BEATS = 3
 FENCE_S = 30.0  # for a node that answers; first of all its agent starts
 ANSWER_S = 5.0
 GONE = "Ray's process on it is gone"
@@ -53,6 +55,10 @@ class Agents:
     def __contains__(self, name: str) -> bool:
         return name in self._agents
 
+    def handles(self) -> list[Any]:
+        """Return the agents that shall live; for any thread."""
+        return [agent.handle for name, agent in list(self._agents.items()) if self._places[name].usable]
+
     def _on(self, place: Place) -> _Agent:
         """Return the agent of a place, a new one if there is none."""
         known = self._agents.get(place.name)
@@ -79,11 +85,13 @@ class Agents:
         """Fence nodes, all at once; those where that fails count as lost.
 
         Blocks:      host, at most FENCE_S
+        Raises:      Stopped, if waits were made interruptible
         """
         tries = {place.name: 0 for place in places if not place.lost or place.answers()}
         for name in tries:
             self.begin_fence(self._places[name], generation)
         while tries:
+            check_stop()
             self._places.refresh()
             for name in list(tries):
                 place, agent = self._places[name], self._agents[name]
@@ -110,7 +118,7 @@ class Agents:
                     self._drop(name)
 
     def tend(self, generation: int, answers: Callable[[Place], bool]) -> list[str]:
-        """Listen to every agent, speak to it once in BEAT_S, and return news. `answers`: something else of a node does.
+        """Listen to every agent, ask it once in BEAT_S, and return news. `answers`: something else of a node does.
 
         Blocks:      no
         """
@@ -120,7 +128,7 @@ class Agents:
             self._beaten = now
             for name, agent in self._agents.items():
                 if agent.call is None and self._places[name].usable:
-                    agent.ask(agent.handle.beat.remote(), BEAT_S * BEATS)
+                    agent.ask(agent.handle.news.remote(), BEAT_S * BEATS)
         return news
 
     def _listen(self, name: str, generation: int, answers: Callable[[Place], bool]) -> list[str]:
@@ -166,15 +174,15 @@ class Agents:
                 return step
         return None
 
-    def release(self, ok: bool) -> None:
-        """End the agents, and what is left of the job on their nodes. One that died gets a successor for it.
+    def release(self, ok: bool, generation: int) -> None:
+        """End the agents, and what is left of this generation on their nodes. One that died gets a successor for it.
 
         Blocks:      host, at most FENCE_S
         """
         until = time.monotonic() + FENCE_S
         todo = [self._places[name] for name in self._agents if self._places[name].usable]
         for _ in range(2):
-            calls = [(place, self._on(place).handle.release.remote(ok)) for place in todo]
+            calls = [(place, self._on(place).handle.release.remote(ok, generation)) for place in todo]
             todo = []
             for place, call in calls:
                 try:
@@ -192,15 +200,21 @@ class Agents:
     def strike(self, place: Place, kind: str, generation: int) -> None:
         """Break a node on purpose through its agent.
 
-        Raises:      ConfigError if it is lost already
+        Raises:      ConfigError if it is lost already, or there is nothing to break
         """
-        try:
-            ray.get(self._on(place).handle.beat.remote(), timeout=ANSWER_S)
-        except (RayError, GetTimeoutError):  # struck before
-            self._drop(place.name)
-            self.fence([place], generation)
+        if place.usable:
+            try:
+                ray.get(self._on(place).handle.beat.remote(), timeout=ANSWER_S)
+            except (RayError, GetTimeoutError):  # struck before
+                self._drop(place.name)
+                self.fence([place], generation)
         if place.name not in self._agents or not place.usable:
             raise ConfigError(f"--kill {kind}={place.name}: it is lost already ({place.lost or 'Ray says so'})")
         call = self._agents[place.name].handle.strike.remote(kind)
-        if kind == "smp":
-            ray.get(call, timeout=ANSWER_S)
+        if kind != "smp":
+            return
+        try:
+            if not ray.get(call, timeout=ANSWER_S):
+                raise ConfigError(f"--kill {kind}={place.name}: no snapshot process runs there now")
+        except (RayError, GetTimeoutError) as exc:
+            raise ConfigError(f"--kill {kind}={place.name}: its agent does not answer ({cause_of(exc)})") from exc

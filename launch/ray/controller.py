@@ -160,8 +160,7 @@ class JobController:
         job = self._job
         folder = RunFolder(job.run)
         folder.create()
-        with RunLock(folder):
-            fleet = RayFleet(job.wishes, self._feed)
+        with RunLock(folder), RayFleet(job.wishes, self._feed) as fleet:
             log = ControlLog(job.run)
             log.floor = job.floor
             return Controller(

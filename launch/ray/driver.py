@@ -19,20 +19,22 @@ from ray._private import worker
 from ray.exceptions import GetTimeoutError, RayActorError
 from ray.util import list_named_actors
 
-from windlass.checkpoint.memory import pids
+from windlass.checkpoint.local_level import list_local_levels
 from windlass.checkpoint.memory.folder import list_jobs
-from windlass.dist.errors import PlanError, WorkerError
-from windlass.launch.control_log import job_of, job_token
+from windlass.dist.errors import CheckpointError, PlanError, WorkerError
+from windlass.launch.control_log import ControlLog, job_of, job_token
 from windlass.launch.controller import Patience
 from windlass.launch.decide import Limits
 from windlass.launch.drill import Strike
 from windlass.launch.local import LaunchConfig, WorkerCommand
+from windlass.launch.node_memory import stop_process
 from windlass.launch.ray import records
 from windlass.launch.ray.cluster import cluster_for, wants_gpu
 from windlass.launch.ray.controller import JobController, RayJob
 from windlass.launch.ray.placement import plan_placement
 from windlass.launch.ray.wishes import NAMESPACE, Wishes, actor_prefix
 from windlass.launch.ray.worker_actor import forwarded
+from windlass.launch.run_folder import RunFolder, RunLock
 from windlass.launch.supervisor import StopCount, StopRequests
 
 HEAD = "node:__internal_head__"  # a resource that Ray gives to its head only
@@ -72,8 +74,12 @@ def launch_recovering(
     """Run `config.workers` workers in a Ray cluster, starting them again after failures; return the run's exit code.
 
     With the address `local` this machine emulates the nodes, and `config.spares` more.
+
+    Raises:      ConfigError if another run uses the run folder; PlanError
     """
     plan_placement(config.workers, num_nodes=num_nodes, spread=spread, gpu=False)  # mistakes show before Ray starts
+    if address == "local":
+        _check_alone(recovering.run)
     with (
         _without_news(),
         cluster_for(address, config, num_nodes, emulate=True, namespace=NAMESPACE) as where,
@@ -113,7 +119,27 @@ def launch_recovering(
         finally:
             end_job(wishes.job)
             if where != address:
-                _sweep(wishes, keep_snapshots=code != 0)
+                _sweep(wishes, done=code == 0 and _is_complete(recovering.run))
+
+
+def _check_alone(run: Path) -> None:
+    """Refuse a folder in which another run writes, whose snapshots are in the same place here. Its lock is the
+    controller's to keep.
+
+    Raises:      ConfigError
+    """
+    folder = RunFolder(run)
+    folder.create()
+    RunLock(folder).release()
+
+
+def _is_complete(run: Path) -> bool:
+    """Tell whether nobody needs the snapshots of a run any more."""
+    try:
+        log = ControlLog(run)
+    except CheckpointError:
+        return False
+    return log.complete(log.generation)
 
 
 @contextlib.contextmanager
@@ -199,14 +225,19 @@ def _actors(job: str) -> Sequence[str]:
     return [name for name in list_named_actors() if name.startswith(actor_prefix(job))]
 
 
-def _sweep(wishes: Wishes, *, keep_snapshots: bool) -> None:
-    """End what emulated nodes left here: processes that Ray had lost sight of, folders of a job that is done."""
-    for folder in list_jobs(Path(wishes.base)):
+def _sweep(wishes: Wishes, *, done: bool) -> None:
+    """End what emulated nodes left here: processes that Ray had lost sight of, folders without snapshots, and all
+    snapshots once the job is done.
+    """
+    base = Path(wishes.base)
+    for folder in list_jobs(base):
         if folder.job != wishes.job:
             continue
         records.end(records.recorded(folder), KILL_S)
-        if keep_snapshots and wishes.snapshots:
-            continue
-        if (served := folder.read_smp()) is not None:
-            pids.kill([(served.pid, served.started)], KILL_S)
-        folder.remove()
+        if done or not folder.segments():
+            stop_process(folder)
+            folder.remove()
+    levels = list_local_levels(base, wishes.job, wishes.local_dir) if done and wishes.local_dir else []
+    for level in levels:  # also of nodes that were lost
+        with contextlib.suppress(OSError):  # what stays on the drive is ignored by another run
+            level.remove()

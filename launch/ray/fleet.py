@@ -10,6 +10,7 @@ import signal
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import TracebackType
 from typing import Any, Protocol, final
 
 import ray
@@ -18,9 +19,10 @@ from ray.exceptions import GetTimeoutError, RayError
 from windlass.dist.errors import ConfigError, WorkerError
 from windlass.launch.failure import Failure
 from windlass.launch.fleet import Node, Seating
-from windlass.launch.ray.agents import ANSWER_S, BEAT_S, BEATS, GONE, Agents
+from windlass.launch.ray.agents import ANSWER_S, BEATS, GONE, Agents
+from windlass.launch.ray.beats import BEAT_S, Beats, get_unless_stopped
 from windlass.launch.ray.placement import Seat, slots_of_node
-from windlass.launch.ray.places import Place, Places
+from windlass.launch.ray.places import Place, Places, refusing
 from windlass.launch.ray.wishes import NAMESPACE, Wishes, actor_on, actor_prefix, cause_of
 from windlass.launch.ray.worker_actor import ActorFacts, Job, Line, WorkerActor, meeting_point, worker_variables
 from windlass.launch.ray.workers import RayWorkers, end_actors, streams_shown
@@ -55,7 +57,10 @@ class _Worker:
 
 @final
 class RayFleet:
-    """The Ray cluster this process is connected to, for one job. Used by one thread."""
+    """The Ray cluster this process is connected to, for one job. Used by one thread.
+
+    While its `with` block runs the actors of the job live on, whatever is waited for.
+    """
 
     def __init__(self, wishes: Wishes, output: Output) -> None:
         self._wishes, self._output = wishes, output
@@ -63,12 +68,29 @@ class RayFleet:
         self._agents = Agents(wishes, self._places)
         self._workers: dict[str, _Worker] = {}  # by name of the actor
         self._spares: dict[str, tuple[Any, str]] = {}  # actors that wait on spare nodes, and where
+        self._begun: dict[str, Any] = {}  # actors that have not said yet that they are there
         self._group: RayWorkers | None = None
         self._seating = Seating(())
         self._by_rank: list[str] = []  # names of actors
         self._generation = 0
-        self._looked = self._beaten = 0.0
+        self._looked = 0.0
         self._released = False
+        self._beats = Beats(self._everybody)
+
+    def __enter__(self) -> RayFleet:
+        self._beats.begin()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._beats.end()
+
+    def _everybody(self) -> list[Any]:
+        """Return the actors that shall live. Called by another thread: it looks at copies, made in one go."""
+        waiting = [handle for handle, node in list(self._spares.values()) if self._places[node].usable]
+        workers = [worker.handle for worker in list(self._workers.values())]
+        return [*workers, *waiting, *list(self._begun.values()), *self._agents.handles()]
 
     # -- nodes -------------------------------------------------------------------------------------------------------
 
@@ -125,6 +147,7 @@ class RayFleet:
             if not place.usable:
                 raise WorkerError(f"{place.name}: {place.lost or 'Ray says that it is gone'}")
         names = _actor_names(seating)
+        self._begun = {}
         self._end_workers([self._workers.pop(name) for name in list(self._workers) if name not in names])
         self._have_workers({name: places[node] for name, node in zip(names, seating.nodes, strict=True)})
         workers = [self._workers[name] for name in names]
@@ -147,9 +170,10 @@ class RayFleet:
             show, job = streams_shown(seat.rank, wishes.config), Job(seat.rank, generation)
             begin = worker.handle.start.remote(wishes.command, given, wishes.cwd, show, job, wishes.folder(node))
             started.append((begin, node))
+        self._have_spares(seating)  # while the workers begin: what they import beside them does not slow steps later
         for begin, node in started:
             self._get(begin, node, START_S, what="a worker has not begun to run")
-        self._have_spares(seating)
+        self._begun = {}
         return self._watch(names, generation, seating)
 
     def _have_spares(self, seating: Seating) -> None:
@@ -193,11 +217,12 @@ class RayFleet:
         """Start the actor of this name, or find it: it may have been ready on a spare node."""
         wishes = self._wishes
         kind = actor_on(place, WorkerActor, wishes.job, name, wishes.worker)
-        return kind.remote(wishes.lease_s, wishes.fork_server)
+        handle = self._begun[name] = kind.remote(wishes.lease_s, wishes.fork_server)
+        return handle
 
     def _get(self, call: Any, node: str, timeout_s: float = ACTOR_S, *, what: str = "") -> Any:
         try:
-            return ray.get(call, timeout=timeout_s)
+            return get_unless_stopped(call, timeout_s)
         except GetTimeoutError:
             held = f"the actor of a worker has not begun. Other jobs may hold its {' and '.join(self._wishes.worker)}"
             raise WorkerError(f"{node}: {what or held} (after {timeout_s:g} s)") from None
@@ -227,6 +252,7 @@ class RayFleet:
         names, found = _actor_names(seating), {}
         for rank, name in enumerate(names):
             if (handle := self._find_worker(name)) is not None:
+                self._begun[name] = handle
                 found[name] = (rank, handle, handle.beat.remote(), handle.facts.remote())
         for place in self._places.all():
             if place.name not in seating.used:
@@ -238,6 +264,7 @@ class RayFleet:
                     self._workers[name] = _Worker(handle, ray.get(facts, timeout=BEAT_S * BEATS))
             except (RayError, GetTimeoutError):
                 continue  # its node is lost: the group will say that the rank is
+        self._begun = {}
         if not self._workers:
             return None
         for node in seating.used:
@@ -259,18 +286,24 @@ class RayFleet:
             self._looked = now
             self._places.refresh()
         news = self._agents.tend(self._generation, self._workers_answer)
+        self._look_for_gone()
         self._tell_lost()
-        if now - self._beaten >= BEAT_S:
-            self._beaten = now
-            waiting = [handle for handle, node in self._spares.values() if self._places[node].usable]
-            for handle in [worker.handle for worker in self._workers.values()] + waiting:
-                handle.beat.remote()  # those without a worker are not polled
         return news
 
     def _workers_answer(self, place: Place) -> bool:
         heard = self._group.heard if self._group is not None else []
         times = [heard[rank] for rank in self._seating.ranks_of(place.name) if rank < len(heard)]
         return bool(times) and time.monotonic() - max(times) < BEAT_S * BEATS
+
+    def _look_for_gone(self) -> None:
+        """Once some workers have ended, ask the nodes of the others: they may not even be there to say how theirs did.
+
+        Ray finds that out by itself, a second or more later.
+        """
+        silent = self._group.silent if self._group is not None else []
+        asked = [self._places[name] for name in dict.fromkeys(self._seating.nodes[rank] for rank in silent)]
+        for place in refusing([place for place in asked if place.usable]):
+            place.lost = GONE
 
     def _tell_lost(self) -> None:
         """Let the workers of lost nodes end for those who watch them."""
@@ -292,7 +325,7 @@ class RayFleet:
         self._end_workers(list(self._workers.values()))
         end_actors([handle for handle, node in self._spares.values() if self._places[node].usable])
         self._workers.clear()
-        self._agents.release(ok)
+        self._agents.release(ok, self._generation)
 
     # -- drills ------------------------------------------------------------------------------------------------------
 
@@ -301,12 +334,7 @@ class RayFleet:
         if kind == "controller":
             os.kill(os.getpid(), signal.SIGKILL)
         if kind in ("rank", "stop"):
-            rank = int(target)
-            worker = self._workers.get(self._by_rank[rank]) if rank < len(self._by_rank) else None
-            if worker is None:
-                raise ConfigError(f"--kill {kind}={target}: no such worker is running")
-            ray.get(worker.handle.send.remote(signal.SIGKILL if kind == "rank" else signal.SIGSTOP), timeout=ANSWER_S)
-            return f"rank {rank} {'killed' if kind == 'rank' else 'stopped'}"
+            return self._strike_worker(kind, int(target))
         if target not in self._places:
             names = ", ".join(place.name for place in self._places.all())
             raise ConfigError(f"--kill {kind}={target}: there is no node '{target}'. Use one of: {names}")
@@ -314,6 +342,20 @@ class RayFleet:
             raise ConfigError(f"--kill smp={target}: this run has no snapshot processes. Add snapshot.every=1")
         self._agents.strike(self._places[target], kind, self._generation)
         return STRUCK[kind].format(target)
+
+    def _strike_worker(self, kind: str, rank: int) -> str:
+        what = f"--kill {kind}={rank}"
+        worker = self._workers.get(self._by_rank[rank]) if rank < len(self._by_rank) else None
+        if worker is None or not self._places[self._seating.nodes[rank]].usable:
+            raise ConfigError(f"{what}: no such worker is running")
+        signum = signal.SIGKILL if kind == "rank" else signal.SIGSTOP
+        try:
+            there = ray.get(worker.handle.send.remote(signum, self._generation), timeout=ANSWER_S)
+        except (RayError, GetTimeoutError) as exc:  # its node may be gone, and nobody knows yet
+            raise ConfigError(f"{what}: its actor does not answer ({cause_of(exc)})") from exc
+        if not there:
+            raise ConfigError(f"{what}: no such worker is running")
+        return f"rank {rank} {'killed' if kind == 'rank' else 'stopped'}"
 
 
 def _actor_names(seating: Seating) -> list[str]:

@@ -5,9 +5,14 @@ Must not know: workers, agents, generations.
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import math
 import re
+import selectors
 import socket
+import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, final
 
@@ -17,6 +22,7 @@ from ray._private.state import state as ray_state
 
 DOMAIN_LABEL = "windlass/domain"  # of a Ray node (`ray start --labels`): what fails together; by default the host
 PROBE_S = 1.0
+REFUSE_S = 0.05
 
 
 @dataclass
@@ -44,6 +50,30 @@ class Place:
         except OSError:
             return False
         return True
+
+
+def refusing(places: Sequence[Place]) -> list[Place]:
+    """Return those whose host says at once that Ray's process no longer listens: certain, while silence is not.
+
+    Blocks:      host, at most REFUSE_S, all at once
+    """
+    refused = []
+    with contextlib.ExitStack() as stack, selectors.DefaultSelector() as selector:
+        for place in places:
+            family = socket.AF_INET6 if ":" in place.host else socket.AF_INET
+            probe = stack.enter_context(socket.socket(family))
+            probe.setblocking(False)
+            if probe.connect_ex((place.host, place.port)) == errno.ECONNREFUSED:
+                refused.append(place)
+            else:
+                selector.register(probe, selectors.EVENT_WRITE, (probe, place))
+        until = time.monotonic() + REFUSE_S
+        while selector.get_map() and (ready := selector.select(until - time.monotonic())):
+            for probe, place in [key.data for key, _ in ready]:
+                selector.unregister(probe)
+                if probe.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR) == errno.ECONNREFUSED:
+                    refused.append(place)
+    return refused
 
 
 @final

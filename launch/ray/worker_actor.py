@@ -41,11 +41,14 @@ from windlass.launch.local import (
     spawn,
     threads_per_worker,
 )
+from windlass.launch.node_memory import NodeMemory
 from windlass.launch.ray import records
 from windlass.launch.ray.placement import Seat
 
 MAX_LINES = 10_000  # kept for a reader that does not come; then the oldest go
 END_S = 5.0
+LOOK_S = 1.0  # between looks at a worker that says nothing, should its end go unseen
+REAP_S = 0.002  # the same once its end was seen: who started it learns how a moment later
 FORWARDED = ("WINDLASS_", "NCCL_", "TORCH_")  # what users set in the driver's shell for their workers
 
 
@@ -88,7 +91,7 @@ class Job:
 
 
 class WorkerActor:
-    """Runs one worker process at a time. One thread waits in `poll`, others serve the rest.
+    """Runs one worker process at a time. A thread takes in what it says; those that ask in `poll` wait for that.
 
     With `lease_s` it ends itself and its worker when nobody has spoken to it for so long. With `fork_server` workers
     are forked from a process that has imported everything.
@@ -96,17 +99,18 @@ class WorkerActor:
 
     def __init__(self, lease_s: float = 0.0, fork_server: bool = False) -> None:
         self._folder = Path(tempfile.mkdtemp(prefix="windlass-"))
-        self._reader = LineReader()
         self._lines: deque[Line] = deque(maxlen=MAX_LINES)
         self._number = 0
         self._process: WorkerProcess | None = None
+        self._code: int | None = None  # of the process, once it has ended and all its lines are here
         self._server = ForkServer() if fork_server else None
         if self._server is not None:
             self._server.warm_up()
         self._node: NodeFolder | None = None
         self._failure: Failure | None = None
         self._job = Job()
-        self._using = threading.Lock()  # the process and its lines: several readers, signals, starts
+        self._changed = threading.Condition()  # the process, its lines, its end: several readers, signals, starts
+        self._starting = threading.Lock()
         self._heard = time.monotonic()
         if lease_s:
             threading.Thread(target=self._watch, args=(lease_s,), daemon=True, name="lease").start()
@@ -115,7 +119,7 @@ class WorkerActor:
         while time.monotonic() - self._heard < lease_s:
             time.sleep(min(1.0, lease_s / 4))
         try:
-            with self._using:
+            with self._starting:
                 self._end()
             if self._node is not None:
                 records.abandon(self._node)
@@ -155,84 +159,94 @@ class WorkerActor:
         """Start a worker, after the end of the one before, and pass on the streams named in `show`."""
         self.beat()
         report = self._folder / "failure.json"
-        with self._using:
+        with self._starting:
             self._end()
-            report.unlink(missing_ok=True)
-            self._job, self._node, self._failure = job or Job(), node, None
-            self._reader.close()
-            self._reader = LineReader()
-            process = (self._server.spawn if self._server is not None else spawn)(
-                command,
-                {**variables, ERROR_FILE: str(report)},
-                stdout=subprocess.PIPE if "stdout" in show else subprocess.DEVNULL,
-                stderr=subprocess.PIPE,
-                cwd=cwd if Path(cwd).is_dir() else None,
-            )
+            with self._changed:
+                report.unlink(missing_ok=True)
+                self._job, self._node, self._process, self._code, self._failure = job or Job(), node, None, None, None
+                process = (self._server.spawn if self._server is not None else spawn)(
+                    command,
+                    {**variables, ERROR_FILE: str(report)},
+                    stdout=subprocess.PIPE if "stdout" in show else subprocess.DEVNULL,
+                    stderr=subprocess.PIPE,
+                    cwd=cwd if Path(cwd).is_dir() else None,
+                )
+                self._process = process
+            threading.Thread(target=self._attend, args=(process, report), daemon=True, name="worker").start()
             if node is not None:
                 records.record(node, f"actor-{self._job.rank}", os.getpid())
                 records.record_worker(node, self._job.rank, self._job.generation, process.pid)
-            for stream, pipe in (("stdout", process.stdout), ("stderr", process.stderr)):
-                if pipe is not None:
-                    self._reader.add(pipe.fileno(), partial(self._keep, stream))
-            self._reader.watch(process)
-            self._process = process
+
+    def _attend(self, process: WorkerProcess, report: Path) -> None:
+        """Take in what a worker says until it has ended, and then how."""
+        reader, code = LineReader(), None
+        for stream, pipe in (("stdout", process.stdout), ("stderr", process.stderr)):
+            if pipe is not None:
+                reader.add(pipe.fileno(), partial(self._keep, stream))
+        reader.watch(process)
+        while code is None:
+            reader.pump(REAP_S if reader.ended else LOOK_S)
+            with self._changed:
+                code = process.poll()
+        reader.drain()
+        reader.close()
+        failure = None
+        try:
+            failure = read_failure(report) or self._verdict(code)
+        finally:  # whoever waits for the end must hear of it
+            with self._changed:
+                self._code, self._failure = code, failure
+                self._changed.notify_all()
 
     def _end(self) -> None:
         """Kill the worker and wait until it is gone."""
-        process = self._process
-        if process is None:
-            return
-        send_to_group(process, signal.SIGKILL)
-        until = time.monotonic() + END_S
-        while process.poll() is None:
-            if time.monotonic() > until:
-                raise WorkerError(f"process {process.pid} of {self._job} has been killed and does not end")
-            time.sleep(0.005)
-        self._reader.drain()
+        self.send(signal.SIGKILL)
+        with self._changed:
+            if not self._changed.wait_for(lambda: self._process is None or self._code is not None, END_S):
+                raise WorkerError(f"a process of {self._job} has been killed and does not end")
 
     def _keep(self, stream: str, text: str) -> None:
-        self._number += 1
-        self._lines.append(Line(self._number, stream, text))
+        with self._changed:
+            self._number += 1
+            self._lines.append(Line(self._number, stream, text))
+            self._changed.notify_all()
 
     def poll(self, wait_s: float, after: int = 0, forget: int = 0, generation: int = 0) -> Polled:
         """Return lines after number `after`, and once the worker has ended how; wait at most `wait_s` for either.
 
         Lines up to `forget` are dropped: whoever shows them has them. A worker of another generation counts as killed.
         """
-        until = time.monotonic() + wait_s
-        while True:
-            self.beat()
-            with self._using:
-                while self._lines and self._lines[0].number <= forget:
-                    self._lines.popleft()
-                process = self._process
-                if process is None or self._job.generation != generation:
-                    return Polled((), -signal.SIGKILL)
-                code = process.poll()
-                if code is not None:
-                    self._reader.drain()
-                    self._failure = self._failure or read_failure(self._folder / "failure.json") or self._verdict(code)
-                if self._number > after or code is not None or time.monotonic() >= until:
-                    return Polled(tuple(line for line in self._lines if line.number > after), code, self._failure)
-                self._reader.pump(0.05)
+        self.beat()
+
+        def another() -> bool:
+            return self._process is None or self._job.generation != generation
+
+        with self._changed:
+            while self._lines and self._lines[0].number <= forget:
+                self._lines.popleft()
+            self._changed.wait_for(lambda: another() or self._number > after or self._code is not None, wait_s)
+            if another():
+                return Polled((), -signal.SIGKILL)
+            return Polled(tuple(line for line in self._lines if line.number > after), self._code, self._failure)
 
     def _verdict(self, code: int) -> Failure | None:
         """Return why the watchdog of the node killed the worker, if it did."""
         if self._node is None or code != -signal.SIGKILL:
             return None
-        from windlass.launch.node_memory import NodeMemory
-
         try:
             memory = NodeMemory(self._node, self._node.read_token())
         except CheckpointError:  # the node has lost its memory: nobody watches there
             return None
         return memory.verdict(self._job.rank, self._job.generation)
 
-    def send(self, signum: int) -> None:
-        """Send a signal to the worker."""
-        with self._using:
-            if self._process is not None:
-                send_to_group(self._process, signum)
+    def send(self, signum: int, generation: int | None = None) -> bool:
+        """Send a signal to the worker, if it is of this generation; return whether there was one to send it to."""
+        with self._changed:
+            process = self._process if self._code is None else None
+            if process is None or generation not in (None, self._job.generation):
+                return False
+            send_to_group(process, signum)
+            return True
 
     def clean(self) -> None:
         """End the worker and remove this actor's files, once no worker of the run needs them."""

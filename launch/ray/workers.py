@@ -62,6 +62,12 @@ class RayWorkers:
             else:
                 self._poll(rank)
 
+    @property
+    def silent(self) -> list[int]:
+        """Ranks that have not ended although others have."""
+        waiting = list(self._polls.values())
+        return waiting if len(waiting) < self.num_workers else []
+
     def _poll(self, rank: int) -> None:
         poll = self._actors[rank].poll.remote(POLL_S, self._last[rank], self._shown(rank), self._generation)
         self._polls[poll] = rank
@@ -111,7 +117,7 @@ class RayWorkers:
         """Send a signal to workers; the second SIGKILL takes the actor as well and counts its worker as ended."""
         for rank in ranks:
             if self._actors[rank] is not None:
-                self._actors[rank].send.remote(signum)
+                self._actors[rank].send.remote(signum, self._generation)
         if signum != signal.SIGKILL:
             return
         for rank in set(ranks) & self._asked_to_die & set(self._polls.values()):

@@ -105,6 +105,18 @@ def test_while_a_snapshot_is_restored_it_is_restored_and_saved(lab: Lab) -> None
     assert told.restored in ([], [(3, "ram")])
 
 
+def test_before_an_earlier_launch_s_memory_is_loaded_it_stays_for_the_next_one(lab: Lab) -> None:
+    fault = "kill:train.forward:rank=1:step=4:generation=1"
+    ended = lab.run(fault=fault, settings=("recovery.max_restarts=0",), keep=True)
+    assert ended.code == 128 + signal.SIGKILL and newest(ended) == -1
+    told = lab.run(after=ended, between={3: ask}, settings=LONG, keep=True)
+    assert told.code == 128 + signal.SIGTERM and newest(told) == -1 and "snapshots stay" in told.said
+    told = lab.run(after=told)
+    assert (told.code, told.leftovers) == (0, []), told.said
+    loaded = [report["step"] for report in read_phases(told.run, 4) if report["phase"] == "loaded"]
+    assert loaded == [3, 3]
+
+
 @pytest.mark.soak
 def test_a_signal_to_the_command_itself_is_passed_on_to_its_workers(lab: Lab, tmp_path: Path) -> None:
     with commands_of(lab, tmp_path) as commands:

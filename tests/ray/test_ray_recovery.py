@@ -219,8 +219,9 @@ def test_a_killed_controller_disturbs_no_worker_and_loses_no_line(
 def test_a_spare_node_takes_the_place_of_a_lost_one(job: Job, nodes: Nodes, told: Callable[[], Told]) -> None:
     lost, stays, spare = nodes.have(3)[:3]
     job.spares = 1
-    assert job.launch(f"node={lost}@step=4") == 0
+    assert job.launch(f"node={lost}@step=4", "rank=0@step=4") == 0
     seen = told()
+    assert job.records("blow")[0]["done"]  # whether rank 0 was still there then is chance
     assert lost not in nodes.table()
     (failure,) = job.records("failure")
     (gone,) = job.records("lost")

@@ -15,12 +15,14 @@ from typing import Any
 
 import pytest
 
-from windlass.dist.errors import ConfigError, WorkerError
-from windlass.launch.control_log import ControlLog
+from windlass.dist.errors import CheckpointError, ConfigError, WorkerError
+from windlass.launch.control_log import ControlLog, PhaseLog
 from windlass.launch.controller import Controller, Patience, allowed_sizes
 from windlass.launch.decide import Limits
+from windlass.launch.drill import Strike
 from windlass.launch.failure import Exit
 from windlass.launch.fleet import Node, Seating
+from windlass.launch.supervisor import check_stop
 
 
 @dataclass
@@ -38,13 +40,16 @@ class Group:
         self._fleet, self._plan = fleet, plan
         self._alive = set(range(self.num_workers))
         self._signal = 0
+        fleet.group = self
+        if fleet.silent:
+            return
         fleet.step += plan != "kill-again"
         with open(fleet.run / "metrics.jsonl", "a") as file:
             stamp = datetime.now(timezone.utc).isoformat()
             file.write(json.dumps({"step": fleet.step, "step_s": 1.0, "time": stamp}) + "\n")
 
     def wait(self, timeout_s: float) -> list[Exit]:
-        code = {"done": 0, "kill": -9, "kill-again": -9}.get(self._plan)
+        code = {"done": 0, "kill": -9, "kill-again": -9, "kill-silent": -9}.get(self._plan)
         if self._signal:
             code = 0 if self._signal == signal.SIGTERM and self._plan != "stubborn" else -self._signal
         if code is None or not self._alive:
@@ -56,7 +61,12 @@ class Group:
         ended, self._alive = self._alive, set()
         return [Exit(rank, code if rank == 0 else 0, time.time(), None, stopped=False) for rank in sorted(ended)]
 
+    def end(self) -> None:
+        self._plan = "done"
+
     def send(self, ranks: Collection[int], signum: int) -> None:
+        if signum == signal.SIGKILL and self._alive:
+            self._fleet.killed.append(len(self._alive & set(ranks)))
         if self._plan != "stubborn" or signum == signal.SIGKILL:
             self._signal = signum if set(ranks) & self._alive else self._signal
 
@@ -76,6 +86,9 @@ class Fleet:
     seatings: list[Seating] = field(default_factory=list)
     released: list[bool] = field(default_factory=list)
     attached: int = 0
+    killed: list[int] = field(default_factory=list)
+    silent: bool = False  # workers make no step
+    group: Group = field(init=False)
 
     def nodes(self) -> list[Node]:
         return list(self.machines)
@@ -277,4 +290,141 @@ def test_a_controller_that_was_replaced_ends_its_workers(tmp_path: Path) -> None
     fleet.turn = lambda: next(others, lambda: None)()
     with pytest.raises(WorkerError, match="another process began generation 2"):
         controller(fleet).run(Stop())
-    assert fleet.released == [False]
+    assert fleet.killed == [4]
+    assert fleet.released == [], "nodes are the other one's, and so are workers that run now"
+
+
+FOUR_SEATS = ["node-0"] * 2 + ["node-1"] * 2
+
+
+def begun(run: Path, launch: str) -> ControlLog:
+    """Write what a controller leaves that was killed while its workers ran."""
+    log = ControlLog(run)
+    log.append("launch", launch=launch, workers=4)
+    log.bump()
+    at = (run / "metrics.jsonl").stat().st_size if (run / "metrics.jsonl").exists() else 0
+    log.append("decision", action="restart", nodes=FOUR_SEATS, why="first start", metrics=at)
+    log.append("start", workers=4)
+    return log
+
+
+def trained(run: Path, steps: range) -> None:
+    with open(run / "metrics.jsonl", "a") as file:
+        file.writelines(json.dumps({"step": step, "step_s": 1.0}) + "\n" for step in steps)
+
+
+@pytest.mark.parametrize(("flushed", "code"), [(114, 0), (None, 143)])
+def test_a_stop_before_the_first_step_of_a_launch_thinks_of_what_an_earlier_one_left_in_memory(
+    flushed: int | None, code: int, tmp_path: Path
+) -> None:
+    begun(tmp_path, "killed")
+    trained(tmp_path, range(1, 115))
+    for at in ("fence", "workers"):
+        stop = Stop()
+        fleet = Fleet(tmp_path, ["run"], flushed=flushed)
+        if at == "fence":
+            fleet.fence = lambda generation, stop=stop: setattr(stop, "count", 1)  # type: ignore[misc]
+        else:
+            fleet.silent, fleet.turn = True, lambda stop=stop: setattr(stop, "count", 1)  # type: ignore[misc]
+        assert controller(fleet, grace_s=5.0, flush_s=1.0).run(stop) == code
+        assert fleet.released == [False]
+
+
+def test_a_stop_before_the_first_step_is_nothing_to_worry_about_if_earlier_launches_ended_well(tmp_path: Path) -> None:
+    begun(tmp_path, "well").append("end", code=0)
+    log = begun(tmp_path, "complete")
+    log.append("complete", step=9)
+    stop = Stop()
+    fleet = Fleet(tmp_path, [])
+    fleet.fence = lambda generation: setattr(stop, "count", 1)  # type: ignore[method-assign]
+    assert controller(fleet, grace_s=5.0, flush_s=1.0).run(stop) == 0
+
+
+def test_a_stop_between_two_generations_comes_before_the_second_so_that_the_first_can_be_made_durable(
+    tmp_path: Path,
+) -> None:
+    begun(tmp_path, "killed")
+    fleet = Fleet(tmp_path, [], flushed=7)
+    assert controller(fleet, grace_s=5.0, flush_s=1.0).run(Stop(1)) == 0
+    assert fleet.fenced == [] and ControlLog(tmp_path).generation == 1
+
+
+def test_a_new_controller_knows_how_far_the_workers_are_that_it_takes_over(tmp_path: Path) -> None:
+    trained(tmp_path, range(1, 51))
+    log = begun(tmp_path, "one")
+    log.append("failure", what="worker", step=50, message="killed", node="node-0", rank=0, exit_code=137, time=1.0)
+    trained(tmp_path, range(51, 501))
+    fleet = Fleet(tmp_path, ["kill", "done"], step=500)
+    log.bump()
+    log.append("decision", action="restart", nodes=FOUR_SEATS, why="in place", metrics=0)
+    log.append("start", workers=4)
+    fleet.silent, fleet.running = True, Seating(tuple(FOUR_SEATS))
+    assert controller(fleet, launch="one").run(Stop()) == 0
+    assert [record["step"] for record in records(fleet, "failure")] == [50, 500]
+
+
+def test_steps_of_workers_that_were_taken_over_are_made_durable_when_they_miss_the_deadline(tmp_path: Path) -> None:
+    begun(tmp_path, "one")
+    trained(tmp_path, range(1, 501))
+    stop = Stop()
+    fleet = Fleet(tmp_path, ["stubborn"], running=Seating(tuple(FOUR_SEATS)), silent=True)
+    fleet.turn = lambda: setattr(stop, "count", 1)
+    assert controller(fleet, launch="one", grace_s=0.3, flush_s=0.1).run(stop) == 128 + signal.SIGTERM
+
+
+def test_a_failure_says_what_was_restored_and_that_nothing_was_done_since(tmp_path: Path) -> None:
+    fleet = Fleet(tmp_path, ["kill", "kill", "kill-silent", "done"])
+    phases = iter((0, 0))
+    start = fleet.start
+
+    def begin(generation: int, *arguments: Any) -> Group:
+        fleet.silent = fleet.plans[0] == "kill-silent"
+        if not fleet.silent:
+            PhaseLog(tmp_path, generation, 0).mark("loaded", step=next(phases, 0))
+        return start(generation, *arguments)
+
+    fleet.start = begin  # type: ignore[method-assign]
+    assert controller(fleet, replace(FOUR, crash_loops=9)).run(Stop()) == 0
+    assert [(r["step"], r["restored"]) for r in records(fleet, "failure")] == [(1, 0), (2, 0), (2, 2)]
+
+
+def test_a_full_disk_ends_no_healthy_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write = ControlLog._write
+
+    def full(self: ControlLog, fd: int, record: dict[str, Any]) -> dict[str, Any]:
+        if record["kind"] in ("notice", "recovered", "struck", "blow"):
+            raise CheckpointError("no space left on device")
+        return write(self, fd, record)
+
+    monkeypatch.setattr(ControlLog, "_write", full)
+    fleet = Fleet(tmp_path, ["run"])
+    said: list[str] = []
+    news = iter([["snapshot process replaced"]])
+    fleet.tend = lambda: next(news, [])  # type: ignore[method-assign]
+    turns = itertools.count()
+    fleet.turn = lambda: fleet.group.end() if next(turns) > 30 else None
+    strikes = [Strike("rank", "0", 1)]
+    log = ControlLog(tmp_path)
+    code = Controller(fleet, log, FOUR, Patience(), tmp_path, strikes=strikes, say=said.append).run(Stop())
+    assert code == 0 and not records(fleet, "failure")
+    assert any("notice is not noted: no space" in text for text in said)
+    assert any("snapshot process replaced" in text for text in said)
+    assert any("struck is not noted" in text for text in said) and not any("drill" in text for text in said)
+
+
+def test_a_stop_while_workers_start_does_not_wait_for_them(tmp_path: Path) -> None:
+    stop = Stop()
+    fleet = Fleet(tmp_path, [])
+
+    def slow(*arguments: Any) -> Group:
+        threading.Timer(0.2, lambda: setattr(stop, "count", 1)).start()
+        for _ in range(1000):
+            check_stop()
+            time.sleep(0.01)
+        raise AssertionError("nobody said that it is to stop")
+
+    fleet.start = slow  # type: ignore[method-assign]
+    began = time.monotonic()
+    assert controller(fleet).run(stop) == 0
+    assert time.monotonic() - began < 5 and fleet.released == [False]
+    check_stop()  # elsewhere nobody has asked

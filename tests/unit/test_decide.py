@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -24,8 +25,21 @@ def nodes(*slots: int, lost: Sequence[int] = (), drain: Sequence[int] = ()) -> l
     ]
 
 
-def failed(step: int, *, kind: str = "worker", node: str = "node-0", code: int = 137, repeats: bool = False) -> Failed:
-    return Failed(1, kind, step, "it broke", node, 0, code, repeats)
+def failed(
+    step: int,
+    *,
+    kind: str = "worker",
+    node: str = "node-0",
+    code: int = 137,
+    repeats: bool = False,
+    restored: int | None = None,
+    time: float = 0.0,
+) -> Failed:
+    return Failed(1, kind, step, "it broke", node, 0, code, repeats, time, restored)
+
+
+def loop(*failures: Failed) -> int:
+    return len(after(*failures).looping)
 
 
 def after(*failures: Failed, seating: Seating | None = None) -> History:
@@ -96,13 +110,43 @@ def test_the_same_step_twice_is_a_crash_loop_with_a_report_but_progress_is_none(
     assert isinstance(decide(after(failed(5), failed(6), failed(7)), nodes(2, 2), limits), Restart)
 
 
-def test_falling_back_and_failing_earlier_is_no_progress_either() -> None:
-    assert after(failed(20), failed(12), failed(19)).loop == 3
-    assert after(failed(20), failed(12), failed(21)).loop == 1
+def test_falling_back_and_failing_earlier_is_no_progress_either_where_nobody_knows_what_was_restored() -> None:
+    assert loop(failed(20), failed(12), failed(19)) == 3
+    assert loop(failed(20), failed(12), failed(21)) == 1
+    end = stopped(decide(after(failed(20), failed(12)), nodes(2, 2), FOUR))
+    assert end.why.startswith("steps 13, 21 failed 2 times without progress")
+
+
+def test_failing_elsewhere_while_steps_are_done_again_is_no_crash_loop_but_uses_restarts() -> None:
+    ever_earlier = [failed(step, restored=0) for step in (900, 300, 200, 100)]
+    assert loop(*ever_earlier) == 1
+    limits = Limits(4, (4,), 3, node_failures=10)
+    assert isinstance(decide(after(*ever_earlier[:3]), nodes(2, 2), limits), Restart)
+    assert "max_restarts = 3" in stopped(decide(after(*ever_earlier), nodes(2, 2), limits)).why
+
+
+def test_the_same_step_failing_again_is_a_crash_loop_also_if_steps_before_it_were_done_again() -> None:
+    again = after(failed(300, restored=0), failed(900, restored=0), failed(900, restored=500))
+    end = stopped(decide(again, nodes(2, 2), Limits(4, (4,), 10, node_failures=10)))
+    assert end.why.startswith("step 901 failed 2 times without progress") and len(end.report) == 2
+    assert loop(failed(900, restored=0), failed(300, restored=300)) == 2, "nothing was done since"
+
+
+def test_what_failed_long_before_the_newest_failure_counts_no_more() -> None:
+    day = 86400.0
+    history = after(*(failed(step, time=step * day / 2) for step in range(1, 9)))
+    limits = Limits(4, (4,), 3, node_failures=4, window_s=day)
+    decision = restarted(decide(history, nodes(2, 2, 2), limits))
+    assert decision.why == "in place", "three failures of node-0 are left"
+    assert "are used up within" in stopped(decide(history, nodes(2, 2), replace(limits, max_restarts=2))).why
+    for_ever = replace(limits, window_s=0.0)
+    assert "used up" in stopped(decide(history, nodes(2, 2, 2), for_ever)).why
+    excluded = restarted(decide(history, nodes(2, 2, 2), replace(for_ever, max_restarts=20)))
+    assert "node-0" not in excluded.seating.nodes
 
 
 def test_lost_nodes_are_no_crash_loop() -> None:
-    assert after(failed(5), failed(5, kind="node"), failed(5, kind="node")).loop == 1
+    assert loop(failed(5), failed(5, kind="node"), failed(5, kind="node")) == 1
 
 
 def test_restarts_without_progress_wait_longer_each_time() -> None:
@@ -156,6 +200,7 @@ FAILURES = st.lists(
         exit_code=st.sampled_from([1, 4, 137]),
         repeats=st.just(False),
         time=st.just(1.0),
+        restored=st.one_of(st.none(), st.integers(0, 6)),
     ),
     max_size=6,
 )

@@ -5,6 +5,9 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
+import sys
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,6 +17,7 @@ from tests.waiting import until
 from windlass.dist.errors import WorkerError
 from windlass.launch.forkserver import Forked, ForkServer
 from windlass.launch.local import WorkerCommand
+from windlass.launch.supervisor import Stopped, StopRequests, interruptible
 
 
 @pytest.fixture(scope="module")
@@ -76,6 +80,43 @@ def test_workers_die_with_their_server_and_the_next_one_is_served_again() -> Non
         assert run(server, "print('again')") == (0, "again\n", "")
     finally:
         server.close()
+
+
+def test_who_asks_to_stop_does_not_wait_until_all_is_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a_slow_module.py").write_text("import time; time.sleep(60)")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    server, stop = ForkServer(preload=["a_slow_module"]), StopRequests()
+    threading.Timer(0.5, lambda: setattr(stop, "count", 1)).start()
+    began = time.monotonic()
+    try:
+        with interruptible(stop), pytest.raises(Stopped):
+            server.spawn(WorkerCommand(("-c", "pass")), {}, stdout=None, stderr=None)
+        assert time.monotonic() - began < 10
+        assert server._process is None, "it goes on importing"
+    finally:
+        server.close()
+
+
+ORPHAN = """
+import os, sys, time
+from windlass.launch.local import die_with_parent
+if os.fork() == 0:
+    die = die_with_parent()
+    parent = os.getpid()
+    if os.fork() == 0:
+        while os.getppid() == parent:
+            time.sleep(0.01)
+        die()
+        open(sys.argv[1], "w").close()
+    os._exit(0)
+os.wait()
+"""
+
+
+def test_a_child_whose_parent_has_died_before_the_kernel_ties_them_does_not_live_on(tmp_path: Path) -> None:
+    done = subprocess.run([sys.executable, "-c", ORPHAN, str(tmp_path / "alive")], stdout=subprocess.PIPE, timeout=30)
+    assert done.returncode == 0 and done.stdout == b""  # read to its end: the orphan has ended too
+    assert not (tmp_path / "alive").exists()
 
 
 def _runs(pid: int) -> bool:

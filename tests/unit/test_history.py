@@ -52,6 +52,11 @@ def test_the_step_is_the_last_whole_line_since_the_watch_began(tmp_path: Path) -
     assert watch.last() == 0
     add(tmp_path, {"step": 4})
     assert watch.last() == 4
+    began = watch.begin()
+    add(tmp_path, {"step": 5})
+    another = StepWatch(tmp_path)
+    another.begin(began)
+    assert another.last() == 5, "whoever takes over looks at what was written since"
 
 
 def test_seconds_of_the_slowest_rank_add_up_to_the_time_from_the_blow_to_the_first_step(tmp_path: Path) -> None:
