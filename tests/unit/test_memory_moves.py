@@ -116,12 +116,12 @@ def test_any_lost_member_is_rebuilt_from_parity_that_no_network_made(tmp_path, n
     for rank in group:
         source = HeldState(mixed_tensors(), replicas=range(num_replicas), movable=movable)
         taker = capturer(tmp_path, source, rank, parity=group)
-        for step in (1, 2, 3):  # slots are used again
+        for step in (1, 2, 3):  # slots are used again, in turns
             for tensor in source.tensors.values():
                 tensor.add_(1)
             assert taker.snapshot(step, {})
             taker.gate()
-            found = [slots(taker.folder, role)[0] for role in ("data", "parity")]
+            found = [slots(taker.folder, role)[(step - 1) % 2] for role in ("data", "parity")]
             headers = [slot.header() for slot in found]
             assert [h and (h.step, h.state, h.role) for h in headers] == [
                 (step, State.COPIED, "data"),
