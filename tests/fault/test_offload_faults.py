@@ -10,6 +10,7 @@ import resource
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -96,7 +97,14 @@ def least_budget(comm: Comm, given: OffloadCase, tier: str) -> dict[str, Any]:
                 budget = int(text.split("to at least ")[1].split(",")[0])
 
 
-@pytest.mark.parametrize(("policy", "tier"), [("zero-offload", "host"), ("fuyou", "nvme"), ("zero-infinity", "host")])
+def mostly_soak(*cases: tuple[str, ...], fast: int) -> list[Any]:
+    """Return cases of which one in `fast` runs every time and the others in `make soak`."""
+    return [case if i % fast == 0 else pytest.param(*case, marks=pytest.mark.soak) for i, case in enumerate(cases)]
+
+
+@pytest.mark.parametrize(
+    ("policy", "tier"), mostly_soak(("fuyou", "nvme"), ("zero-offload", "host"), ("zero-infinity", "host"), fast=3)
+)
 def test_what_refusals_ask_for_leads_to_the_least_budget_which_is_the_one_foreseen(policy: str, tier: str) -> None:
     given = replace(case_of(policy), lrs=(LR,) * 2, weights=())
     [found] = run_world(1, least_budget, given, tier)
@@ -124,8 +132,10 @@ def within(comm: Comm, given: OffloadCase, tier: str, less: int) -> tuple[str, i
     return "", peaks[0]
 
 
-@pytest.mark.parametrize("tier", ["device", "host", "nvme"])
-@pytest.mark.parametrize("policy", ["zero-infinity", "interleaved", "all on nvme"])
+@pytest.mark.parametrize(
+    ("policy", "tier"),
+    mostly_soak(*product(("zero-infinity", "interleaved", "all on nvme"), ("device", "host", "nvme")), fast=4),
+)
 def test_one_byte_less_than_the_peak_is_refused_and_the_peak_is_enough(policy: str, tier: str) -> None:
     given = replace(case_of(policy), lrs=(LR,) * 2, weights=())
     [(text, peak)] = run_world(1, within, given, tier, 0)
@@ -138,8 +148,15 @@ def test_one_byte_less_than_the_peak_is_refused_and_the_peak_is_enough(policy: s
 # -- drives ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("policy", ["fuyou", "all on nvme", "mlp-offload"])
-@pytest.mark.parametrize(("action", "verb", "what"), [("enospc", "write", "No space"), ("eio", "read", "Input/output")])
+FULL, BROKEN = ("enospc", "write", "No space"), ("eio", "read", "Input/output")
+
+
+@pytest.mark.parametrize(
+    ("policy", "action", "verb", "what"),
+    mostly_soak(
+        *[(policy, *how) for policy in ("fuyou", "all on nvme", "mlp-offload") for how in (FULL, BROKEN)], fast=3
+    ),
+)
 def test_a_drive_that_fails_at_any_transfer_is_named_and_nobody_hangs(
     policy: str, action: str, verb: str, what: str
 ) -> None:

@@ -91,8 +91,8 @@ def runs(tokens: Path, tmp_path: Path) -> Runs:
     ("workers", "fault"),
     [
         pytest.param(1, "kill:nvme.write:step=63", marks=pytest.mark.soak),
-        pytest.param(1, "kill:nvme.commit:step=3", marks=pytest.mark.soak),
-        (2, "kill:nvme.write:rank=1:step=33"),
+        (1, "kill:nvme.commit:step=3"),
+        pytest.param(2, "kill:nvme.write:rank=1:step=33", marks=pytest.mark.soak),
     ],
 )
 def test_a_run_killed_at_a_transfer_goes_on_from_the_last_whole_step_as_if_nothing_had_been(
@@ -144,9 +144,9 @@ def test_a_drive_that_is_full_in_the_middle_ends_the_run_with_what_to_do(runs: R
 @pytest.mark.parametrize(
     ("override", "needed"),
     [
-        ("offload.device_bytes=100kB", "offload.device_bytes"),
         ("offload.host_bytes=20kB", "offload.host_bytes"),
-        ("offload.nvme_bytes=50kB", "offload.nvme_bytes"),
+        pytest.param("offload.device_bytes=100kB", "offload.device_bytes", marks=pytest.mark.soak),
+        pytest.param("offload.nvme_bytes=50kB", "offload.nvme_bytes", marks=pytest.mark.soak),
     ],
 )
 def test_a_budget_that_is_too_small_is_refused_before_training_with_the_one_that_works(

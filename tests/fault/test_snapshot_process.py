@@ -188,6 +188,7 @@ def test_a_node_that_moved_is_known_to_the_successor_of_another_one(moved: int, 
         movers.commit(3)
 
 
+@pytest.mark.soak
 @pytest.mark.parametrize(("moved", "other"), BOTH)
 def test_a_node_that_moves_while_another_one_is_replaced_is_found(moved: int, other: int, movers: Fleet) -> None:
     mover, replaced = movers.nodes[moved], movers.nodes[other]
@@ -198,6 +199,7 @@ def test_a_node_that_moves_while_another_one_is_replaced_is_found(moved: int, ot
         movers.commit(2)
 
 
+@pytest.mark.soak
 def test_two_nodes_that_move_at_once_find_each_other_by_a_third(movers: Fleet) -> None:
     first, second = movers.nodes[:2]
     with killed_without_its_port(first, second):
@@ -206,6 +208,7 @@ def test_two_nodes_that_move_at_once_find_each_other_by_a_third(movers: Fleet) -
         movers.commit(2)
 
 
+@pytest.mark.soak
 def test_a_node_that_moves_again_is_found_where_it_was_last(movers: Fleet) -> None:
     mover = movers.nodes[1]
     with killed_without_its_port(mover):

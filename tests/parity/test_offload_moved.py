@@ -125,7 +125,7 @@ def held_otherwise(machine: OffloadMachine, work: Workload) -> list[str]:
     return found
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.soak), 2])
 def test_a_step_moves_and_holds_exactly_what_is_foreseen(ranks: int) -> None:
     cases = [case_of(choice, ranks) for choice in pairwise(CHOICES)]
     for found in run_world(ranks, measure, cases, timeout_s=110.0):

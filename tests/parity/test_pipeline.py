@@ -189,7 +189,7 @@ def test_every_schedule_works_over_process_groups(share: str) -> None:
 
 
 @SHARES
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("stage", [1, 3, *(pytest.param(stage, marks=pytest.mark.soak) for stage in (0, 2))])
 def test_pipelines_combine_with_zero_over_data_parallel_columns(stage: int, share: str) -> None:
     check(4, [replace(case, columns=2, zero=ZeroConfig(stage=stage)) for case in shared(share, stage)])
 

@@ -11,7 +11,7 @@ import pickle
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,11 @@ MAY_IMPORT = {
 LINES_PER_FILE = 450
 
 
+@cache
+def _walked(tree: ast.Module) -> list[ast.AST]:
+    return list(ast.walk(tree))
+
+
 @dataclass(frozen=True)
 class Source:
     """One parsed Python file; `path` is relative to the root, `layer` its first part."""
@@ -51,7 +56,7 @@ class Source:
         return f"{self.path}:{node if isinstance(node, int) else getattr(node, 'lineno', 1)}"
 
     def nodes(self, kind: Any) -> Iterator[Any]:
-        return (n for n in ast.walk(self.tree) if isinstance(n, kind))
+        return (n for n in _walked(self.tree) if isinstance(n, kind))
 
     def imports(self) -> Iterator[tuple[ast.AST, str]]:
         """Yield every dotted name that is imported, `from a import b` as `a.b`."""
