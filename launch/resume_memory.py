@@ -20,6 +20,7 @@ from windlass.checkpoint.memory.folder import NodeFolder
 from windlass.checkpoint.memory.inventory import STORAGE, Choice, Held, Saved, anchor, choose
 from windlass.checkpoint.memory.layout import Layout
 from windlass.checkpoint.memory.membership import Membership
+from windlass.checkpoint.memory.peers import kept_moves
 from windlass.checkpoint.memory.settings import Settings
 from windlass.checkpoint.memory.source import MemorySource, kept_layouts, manifest_of
 from windlass.checkpoint.memory.survey import Report, Survey
@@ -225,7 +226,7 @@ def _hear(world: Peers, survey: Survey, speaks: bool) -> _Heard:
     reports = on_all_ranks(world, lambda: survey.report() if speaks else {}).check()
     speakers = {report["node"]: rank for rank, report in enumerate(reports) if report}
     worlds = _worlds(reports, survey.folder.job)
-    absent = _absent(worlds, speakers)
+    absent = _absent(worlds, speakers, survey.folder)
     asked = on_all_ranks(world, lambda: survey.ask(absent) if world.rank == 0 else []).check()[0]
     everybody = [report for report in [*reports, *asked] if report]
     return _Heard(
@@ -248,7 +249,13 @@ def _worlds(reports: Sequence[Report], job: str) -> dict[int, Membership]:
     return out
 
 
-def _absent(worlds: Mapping[int, Membership], speakers: Mapping[str, int]) -> list[tuple[str, str, int]]:
-    """Return the nodes of earlier generations that have no rank now, each where it was last."""
-    last = {m.node: (m.node, m.host, m.port) for _, members in sorted(worlds.items()) for m in members.members}
+def _absent(
+    worlds: Mapping[int, Membership], speakers: Mapping[str, int], folder: NodeFolder
+) -> list[tuple[str, str, int]]:
+    """Return the nodes of earlier generations that have no rank now, each where it was last as far as is known here."""
+    last = {}
+    for _, world in sorted(worlds.items()):
+        moves = kept_moves(folder, world)
+        for node in world.nodes:
+            last[node] = (node, *(moves[node][:2] if node in moves else world.address_of(node)))
     return [address for node, address in sorted(last.items()) if node not in speakers]

@@ -32,9 +32,7 @@ class Peers:
         self.node, self.timeout_s, self._own = folder.node, timeout_s, own
         self.nodes, self._membership, self._folder = membership.nodes, membership, folder
         self._path = folder.path / moves_name(membership.generation)
-        self._moves: Moves = {}
-        with suppress(FileNotFoundError, CheckpointError):  # damaged: they are told once more when they move again
-            self._moves = self._parsed(self._path.read_bytes())
+        self._moves = kept_moves(folder, membership)
         self._clients = {name: self._new(name) for name in self.nodes if name != self.node}
         self._silent: dict[str, tuple[float, str]] = {}
         self._lock = threading.Lock()
@@ -91,7 +89,7 @@ class Peers:
 
         Raises: CheckpointError if it is malformed
         """
-        self._merge(self._parsed(told))
+        self._merge(_parsed(told, self._membership))
         return json.dumps(self._moves).encode()
 
     def tell_moves(self, node: str) -> None:
@@ -102,13 +100,6 @@ class Peers:
         """
         fields = {"generation": self._membership.generation}
         self.exchange_moves(self.ask(node, "moved", fields, payload=json.dumps(self._moves).encode())[1])
-
-    def _parsed(self, text: bytes | memoryview) -> Moves:
-        try:
-            told = {str(node): (str(at[0]), int(at[1]), int(at[2])) for node, at in json.loads(bytes(text)).items()}
-        except (ValueError, TypeError, AttributeError, LookupError) as error:
-            raise CheckpointError(f"where nodes have moved is malformed: {type(error).__name__}: {error}") from error
-        return {node: at for node, at in told.items() if node in self.nodes}
 
     def _merge(self, told: Moves) -> None:
         with self._lock:
@@ -133,6 +124,21 @@ class Peers:
         """End all connections."""
         for client in self._clients.values():
             client.close()
+
+
+def kept_moves(folder: NodeFolder, membership: Membership) -> Moves:
+    """Return what a node's folder knows of processes of a generation that listen elsewhere than its membership says."""
+    with suppress(FileNotFoundError, CheckpointError):  # damaged: they are told once more when they move again
+        return _parsed((folder.path / moves_name(membership.generation)).read_bytes(), membership)
+    return {}
+
+
+def _parsed(text: bytes | memoryview, membership: Membership) -> Moves:
+    try:
+        told = {str(node): (str(at[0]), int(at[1]), int(at[2])) for node, at in json.loads(bytes(text)).items()}
+    except (ValueError, TypeError, AttributeError, LookupError) as error:
+        raise CheckpointError(f"where nodes have moved is malformed: {type(error).__name__}: {error}") from error
+    return {node: at for node, at in told.items() if node in membership.nodes}
 
 
 def moves_name(generation: int) -> str:
