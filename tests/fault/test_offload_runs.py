@@ -166,6 +166,7 @@ def test_a_misspelt_folder_is_named_and_never_made(runs: Runs) -> None:
     assert not wrong.exists()
 
 
+@pytest.mark.soak
 def test_what_the_drives_hold_is_not_written_over_by_records_cut_otherwise_nor_taken_for_another_past(
     runs: Runs,
 ) -> None:

@@ -117,6 +117,7 @@ def test_every_policy_gives_the_bits_of_training_without_it(ranks: int, share: s
     assert any(any(s) for s in skipped) and not all(any(s) for s in skipped)
 
 
+@pytest.mark.soak
 def test_replicas_of_shards_and_process_groups_change_nothing() -> None:
     def of(name: str, stage: int = 3, **changes: Any) -> OffloadCase:
         case = Case(ZeroConfig(stage=stage), "bf16", "fp32", micro_batches=8, model={"width": WIDTH, "tied": True})

@@ -176,7 +176,8 @@ def shared(share: str, number: int) -> list[Case]:
 
 @SHARES
 @pytest.mark.parametrize(
-    ("ranks", "micro_batches"), [(2, 1), (2, 3), (2, 5), (4, 1), (4, 3), pytest.param(4, 5, marks=pytest.mark.soak)]
+    ("ranks", "micro_batches"),
+    [(2, 1), (2, 3), (4, 1), (4, 3), *(pytest.param(ranks, 5, marks=pytest.mark.soak) for ranks in (2, 4))],
 )
 def test_every_schedule_gives_the_gradients_of_one_process(ranks: int, micro_batches: int, share: str) -> None:
     cases = shared(share, (ranks + micro_batches) // 2)
@@ -214,6 +215,7 @@ def validate(comm: Comm, cases: list[Case]) -> list[tuple[float, int]]:
     return [build_engine(comm, case).evaluate(case.steps()[0]) for case in cases]
 
 
+@pytest.mark.soak
 def test_every_way_to_gather_gives_the_same_in_pipelines() -> None:
     cases = [case for case in EVERY if case.schedule in ("1f1b", "vhalf")]
     ways = [ZeroConfig(stage=3, reshard=reshard) for reshard in ("each", "never")]

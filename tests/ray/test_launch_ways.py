@@ -98,9 +98,9 @@ KILLED, RAISED = ("kill", "SIGKILL", 137), ("raise", "WorkerError: rank 1: fault
     ("way", "fault", "cause", "code"),
     [
         ("local", *RAISED),
-        ("torchrun", *KILLED),
         ("ray", *KILLED),
         pytest.param("local", *KILLED, marks=pytest.mark.soak),
+        pytest.param("torchrun", *KILLED, marks=pytest.mark.soak),
         pytest.param("torchrun", *RAISED, marks=pytest.mark.soak),
         pytest.param("ray", *RAISED, marks=pytest.mark.soak),
     ],
