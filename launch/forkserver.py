@@ -8,6 +8,7 @@ Must not know: what a worker computes, when one is started again.
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import importlib
 import json
@@ -61,7 +62,8 @@ class Forked:
 
     def send_signal(self, signum: int) -> None:
         if self.poll() is None:
-            os.kill(self.pid, signum)
+            with contextlib.suppress(ProcessLookupError):  # the server has reaped it, and its word is on its way
+                os.kill(self.pid, signum)
 
 
 @final

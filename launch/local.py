@@ -163,7 +163,8 @@ def send_to_group(process: WorkerProcess, signum: int) -> None:
     if process.poll() is not None:
         return
     if signum == signal.SIGKILL:
-        os.killpg(process.pid, signum)
+        with contextlib.suppress(ProcessLookupError):  # somebody else has reaped it, and will say so
+            os.killpg(process.pid, signum)
     else:
         process.send_signal(signum)
 

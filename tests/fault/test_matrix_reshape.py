@@ -81,11 +81,11 @@ def test_a_run_shrinks_when_a_node_is_lost_and_grows_when_it_is_back(lab: Lab) -
         nodes=4,
         spares=0,
         strikes=["node=3@step=3", Act(6, come_back)],
-        settings=["recovery.min_workers=2", "recovery.grow_s=0.3", "train.steps=16"],
+        settings=["recovery.min_workers=2", "recovery.grow_s=0.3", "train.steps=48"],
     )
-    told.check(lab.undisturbed(4, **{"train.steps": 16}), exact=False, restarts=2)
+    told.check(lab.undisturbed(4, **{"train.steps": 48}), exact=False, restarts=2)
     assert [tier for _, tier in told.restored] == ["ram", "ram"]
     assert [r["workers"] for r in told.of("start")] == [4, 2, 4]
     losses = [entry["loss"] for entry in told.history]
-    right = [entry["loss"] for entry in lab.undisturbed(4, **{"train.steps": 16}).history]
+    right = [entry["loss"] for entry in lab.undisturbed(4, **{"train.steps": 48}).history]
     assert losses == pytest.approx(right, rel=1e-3), "sums in another order, the same samples"

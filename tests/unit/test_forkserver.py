@@ -16,7 +16,7 @@ import pytest
 from tests.waiting import until
 from windlass.dist.errors import WorkerError
 from windlass.launch.forkserver import Forked, ForkServer
-from windlass.launch.local import WorkerCommand
+from windlass.launch.local import WorkerCommand, send_to_group
 from windlass.launch.supervisor import Stopped, StopRequests, interruptible
 
 
@@ -131,3 +131,13 @@ def test_a_server_that_cannot_import_says_so(capfd: pytest.CaptureFixture[str]) 
     with pytest.raises(WorkerError, match="has ended"):
         server.spawn(WorkerCommand(("-c", "pass")), {}, stdout=None, stderr=None)
     assert "no_such_module" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGKILL])
+def test_a_worker_that_ended_unheard_can_be_signalled(server: ForkServer, monkeypatch, signum) -> None:
+    worker = server.spawn(WorkerCommand(("-c", "pass")), {}, stdout=None, stderr=None)
+    until(lambda: not Path(f"/proc/{worker.pid}").exists(), timeout_s=30)
+    monkeypatch.setattr(server, "exit_code", lambda pid: None)  # the word of its end is on its way
+    send_to_group(worker, signum)
+    monkeypatch.undo()
+    assert ended(worker) == 0
