@@ -186,6 +186,7 @@ def test_a_node_that_moved_is_known_to_the_successor_of_another_one(moved: int, 
         replaced.kill()
         replaced.respawn()
         movers.commit(3)
+        assert movers.committed(3)
 
 
 @pytest.mark.soak
@@ -197,6 +198,7 @@ def test_a_node_that_moves_while_another_one_is_replaced_is_found(moved: int, ot
         elsewhere(mover)
         replaced.respawn()
         movers.commit(2)
+        assert movers.committed(2)
 
 
 @pytest.mark.soak
@@ -206,6 +208,7 @@ def test_two_nodes_that_move_at_once_find_each_other_by_a_third(movers: Fleet) -
         elsewhere(first)
         elsewhere(second)
         movers.commit(2)
+        assert movers.committed(2)
 
 
 @pytest.mark.soak

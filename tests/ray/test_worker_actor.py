@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.waiting import until
 from windlass.launch.forkserver import ForkServer
 from windlass.launch.local import WorkerCommand
 from windlass.launch.ray.places import Place, refusing
@@ -40,7 +41,7 @@ def test_who_waits_hears_at_once_of_a_line_and_of_the_end(actor: WorkerActor) ->
         said = actor.poll(LONG_S, generation=1)
         assert ([line.text for line in said.lines], said.code) == (["here"], None)
         waiting = others.submit(actor.poll, LONG_S, said.lines[-1].number, 0, 1)
-        time.sleep(0.2)
+        until(lambda: len(actor._changed._waiters) > 0)  # type: ignore[attr-defined]
         assert not waiting.done()
         began = time.monotonic()
         actor.send(signal.SIGKILL)

@@ -299,6 +299,7 @@ def test_a_slot_that_moved_on_while_it_was_to_be_freed_goes_all_the_same(tmp_pat
         until(lambda: len(tries) > 1 and not list(slots.held()))
     finally:
         duty.stop()
+    assert slot.header() is None
 
 
 def test_a_step_that_one_rank_copies_slowly_is_waited_for(fleet: Fleet) -> None:

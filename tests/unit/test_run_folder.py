@@ -7,7 +7,6 @@ import multiprocessing
 import os
 import socket
 import threading
-import time
 from contextlib import ExitStack
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -70,22 +69,28 @@ def test_a_second_run_is_refused_while_one_is_alone_and_named(folder: RunFolder)
         assert (folder.root / "lock").exists()
 
 
-def test_a_run_waits_for_the_workers_of_a_launcher_that_was_killed(folder: RunFolder) -> None:
-    working, end = threading.Event(), threading.Event()
+def test_a_run_waits_for_the_workers_of_a_launcher_that_was_killed(
+    folder: RunFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    working, seen, look = threading.Event(), threading.Event(), run_folder._at_work
+
+    def looked(folder: RunFolder) -> bool:
+        found = look(folder)
+        if found:
+            seen.set()
+        return found
 
     def work() -> None:
         with at_work(folder), at_work(folder):  # two of them, as beside each other
             working.set()
-            end.wait(10)
-            time.sleep(0.2)
+            assert seen.wait(10)
 
     worker = threading.Thread(target=work)
     worker.start()
     assert working.wait(10)
-    began = time.monotonic()
-    end.set()
+    monkeypatch.setattr(run_folder, "_at_work", looked)
     with alone_in(folder):
-        assert time.monotonic() - began >= 0.2
+        assert seen.is_set() and not look(folder)
     worker.join()
 
 
