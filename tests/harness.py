@@ -241,10 +241,9 @@ def _wait(request: Request, pids: dict[int, int], folder: Path) -> dict[int, tup
                 if code != 0:
                     deadline = min(deadline, time.monotonic() + GRACE_S)
             if not ready:
-                _take_stacks(
-                    [pids[key.data] for key in selector.get_map().values()], folder, list(selector.get_map().values())
-                )
-                for key in list(selector.get_map().values()):
+                late = list(selector.get_map().values())
+                _take_stacks([pids[key.data] for key in late], [key.fd for key in late])
+                for key in late:
                     os.kill(pids[key.data], signal.SIGKILL)
                     os.waitpid(pids[key.data], 0)
                     died[key.data] = f"was still running at the deadline of {request.timeout_s:.0f} s", time.time()
@@ -253,19 +252,24 @@ def _wait(request: Request, pids: dict[int, int], folder: Path) -> dict[int, tup
     return died
 
 
-def _take_stacks(pids: list[int], folder: Path, keys: list[Any]) -> None:
+def _take_stacks(pids: list[int], pidfds: list[int]) -> None:
+    """Have every rank write its stacks, which ends it: only an ended rank has surely written all of them."""
     for pid in pids:
         os.kill(pid, signal.SIGUSR1)
-    end = time.monotonic() + 2.0
-    while time.monotonic() < end and not all((folder / f"stacks-{key.data}").stat().st_size for key in keys):
-        signal.sigtimedwait([signal.SIGUSR2], 0.01)  # a rank that is stopped or blocked in C never writes
+    end = time.monotonic() + 5.0  # a rank that is stopped never writes
+    with selectors.DefaultSelector() as selector:
+        for pidfd in pidfds:
+            selector.register(pidfd, selectors.EVENT_READ)
+        while selector.get_map() and (left := end - time.monotonic()) > 0:
+            for key, _ in selector.select(left):
+                selector.unregister(key.fileobj)
 
 
 def _rank_main(request: Request, rank: int, folder: Path) -> None:
     code = 1
     try:
         stacks = open(folder / f"stacks-{rank}", "w")  # noqa: SIM115  (open as long as the process lives)
-        faulthandler.register(signal.SIGUSR1, file=stacks, all_threads=True)
+        faulthandler.register(signal.SIGUSR1, file=stacks, all_threads=True, chain=True)  # and then the signal ends it
         os.environ.update(request.env)
         at, value, error, text = float("inf"), None, None, ""
         try:

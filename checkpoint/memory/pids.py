@@ -29,11 +29,20 @@ def letter(pid: int) -> str:
 
 def catches(pid: int, signum: int) -> bool:
     """Whether a process has a handler for a signal."""
+    return _has(pid, "SigCgt:", signum)
+
+
+def is_handling(pid: int, signum: int) -> bool:
+    """Whether the handler of a signal runs in a process's first thread: the kernel blocks the signal that long."""
+    return _has(pid, "SigBlk:", signum)
+
+
+def _has(pid: int, field: str, signum: int) -> bool:
     try:
         text = Path(f"/proc/{pid}/status").read_text(encoding="utf-8")
     except (FileNotFoundError, ProcessLookupError):
         return False
-    mask = next((line.split()[1] for line in text.splitlines() if line.startswith("SigCgt:")), "0")
+    mask = next((line.split()[1] for line in text.splitlines() if line.startswith(field)), "0")
     return bool(int(mask, 16) >> (signum - 1) & 1)
 
 

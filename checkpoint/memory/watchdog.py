@@ -146,15 +146,18 @@ class Watchdog:
         Blocks: host, at most STACKS_S
         """
         beats = read_beats(self.folder, self.generation) if beats is None else beats
-        asked: dict[Path, int] = {}
+        asked: dict[int, tuple[Path, int]] = {}
         for rank, beat in beats.items():
             # One that does not catch the signal yet would die of it, one that is stopped never writes.
             if pids.catches(beat.pid, signal.SIGUSR1) and pids.letter(beat.pid) != pids.STOPPED:
                 path = stacks_path(self.settings, self.generation, rank)
-                asked[path] = _size(path)
+                asked[beat.pid] = path, _size(path)
                 pids.send(beat.pid, beat.started, signal.SIGUSR1)
         end, pause = time.monotonic() + STACKS_S, threading.Event()
-        while time.monotonic() < end and any(_size(path) <= before for path, before in asked.items()):
+        # What begins to be written is whole once the handler has returned: ranks are killed right after this.
+        while time.monotonic() < end and any(
+            _size(path) <= before or pids.is_handling(pid, signal.SIGUSR1) for pid, (path, before) in asked.items()
+        ):
             pause.wait(0.01)
 
 

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -145,6 +146,28 @@ def test_a_rank_that_does_not_catch_the_signal_is_not_killed_by_asking_for_its_s
     assert not pids.catches(early.pid, signal.SIGUSR1)
     watch(ranks, [], hang_s=60).dump_stacks()
     assert early.poll() is None
+
+
+def test_stacks_are_waited_for_as_long_as_they_are_being_written(ranks: Ranks) -> None:
+    path = ranks.run / "stacks" / "gen-1-rank-0.txt"
+    path.parent.mkdir(parents=True)
+    os.mkfifo(path)
+    reader, writer = os.open(path, os.O_RDONLY | os.O_NONBLOCK), os.open(path, os.O_WRONLY | os.O_NONBLOCK)
+    with pytest.raises(BlockingIOError):
+        while True:
+            os.write(writer, b"x" * 4096)
+    process = ranks.start(0)
+    os.kill(process.pid, signal.SIGUSR1)
+    until(lambda: pids.is_handling(process.pid, signal.SIGUSR1))
+    time.sleep(0.05)
+    assert pids.is_handling(process.pid, signal.SIGUSR1), "its stacks do not fit into the pipe"
+    os.set_blocking(reader, True)
+    text = b""
+    while b"stuck_in_a_collective" not in text:
+        text += os.read(reader, 1 << 20).lstrip(b"x")
+    until(lambda: not pids.is_handling(process.pid, signal.SIGUSR1))
+    os.close(reader)
+    os.close(writer)
 
 
 def test_a_number_that_means_another_process_now_is_never_signalled(ranks: Ranks) -> None:
