@@ -52,7 +52,7 @@ RANK_S, NODE_S, FASTER = 3.0, 10.0, 3.0
 JOB = """\
 model: {{preset: tiny}}
 data: {{path: {tokens}}}
-train: {{steps: {steps}, seq_len: 128, micro_batch: 2, global_batch: 4, eval_batches: 1, run_dir: {run}}}
+train: {{steps: {steps}, seq_len: 128, micro_batch: 2, global_batch: 4, eval_batches: 1, device: cpu, run_dir: {run}}}
 zero: {{stage: 2}}
 snapshot: {{every: 1, slots: 3, redundancy: xor, folder: {memory}}}
 checkpoint: {{mode: lazy, at_end: false}}

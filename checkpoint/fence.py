@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import xxhash
@@ -73,15 +73,17 @@ def _known(generation: int, text: bytes) -> Mapping[str, str] | None:
         return None
 
 
-def raise_fence(root: Storage, generation: int, known: Mapping[str, str]) -> None:
-    """Mark durably that a generation has begun and which checkpoints count; once per generation.
+def raise_fence(root: Storage, generation: int, look: Callable[[], Mapping[str, str]]) -> None:
+    """Mark durably that a generation has begun and which checkpoints count: those that `look` finds. Once per
+    generation: where the mark is there already, nobody looks.
 
-    Raises: CheckpointError if a newer one has begun; OSError
+    Raises: CheckpointError if a newer one has begun; OSError; what `look` raises
     """
     before = read_fence(root)
     before.check(generation, root.place)
     if before.generation == generation:
         return
+    known = look()
     body = {"generation": generation, "checkpoints": dict(known), "xxh3": _seal(generation, known)}
     root.make_folder()
     with contextlib.suppress(FileExistsError):  # another process of this generation was first: as good

@@ -5,7 +5,8 @@
 
 A step is worth as much as those of the other nodes: they are put together as snapshots in memory are. It outlives its
 run folder, whose path names the job, so it tells by a digest of the job's token of which run it is: one of a run that
-was deleted and begun anew in the same place does not count, and is removed.
+was deleted and begun anew in the same place does not count, and is removed. The drive may be everybody's: folders of a
+job or node that others made, or can change, are neither believed nor touched.
 Must not know: torch, other nodes, which steps are due.
 """
 
@@ -16,6 +17,7 @@ import hashlib
 import json
 import os
 import re
+import stat
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -75,9 +77,32 @@ class LocalLevel:
         """Return what tells this run from another one in the same place."""
         return hashlib.sha256(self.node.read_token().encode()).hexdigest()[:32]
 
+    @property
+    def _folders(self) -> tuple[Path, Path]:
+        return self.folder.parent, self.folder
+
+    def is_ours(self) -> bool:
+        """Tell whether the folders of the job and of the node are there, and nobody else can have changed them."""
+        try:
+            return all(map(_is_private, self._folders))
+        except OSError:
+            return False
+
+    def _make(self) -> None:
+        LocalStorage(self.folder.parents[1]).make_folder()
+        for folder in self._folders:
+            with contextlib.suppress(FileExistsError):
+                folder.mkdir(mode=0o700)
+                LocalStorage(folder.parent).sync()
+            if not _is_private(folder):
+                raise CheckpointError(
+                    f"{folder} must be a folder of user {os.getuid()}, no link, that nobody else can write to (mode "
+                    "0700). Remove it, or use another checkpoint.local_dir"
+                )
+
     def complete(self) -> list[LocalStep]:
         """Return the steps that are complete, newest first."""
-        names = self.root.names()
+        names = self.root.names() if self.is_ours() else []
         own = self.run if names else ""
         found = [step for name in names if (step := self._read(name, own)) is not None]
         return sorted(found, key=lambda held: (held.generation, held.step), reverse=True)
@@ -103,9 +128,11 @@ class LocalLevel:
             return False  # damaged: nobody can tell
 
     def begin(self, step: int, generation: int, needed: int) -> str:
-        """Make the folder that a step is written into; return its name."""
-        self.root.make_folder()
-        self.folder.chmod(0o700)
+        """Make the folder that a step is written into; return its name.
+
+        Raises: OSError; CheckpointError if there is no room, or a folder there is not ours alone
+        """
+        self._make()
         self.sweep(generation, PERSIST)
         free = self.root.free_bytes()
         if free is not None and free < needed:
@@ -164,6 +191,8 @@ class LocalLevel:
 
     def sweep(self, generation: int, writer: str = "") -> None:
         """Remove what older generations left unfinished, and `writer` in this one, and the steps of another run."""
+        if not self.is_ours():
+            return
         sweep(self.root, generation, writer)
         own = self.run
         for name in self.root.names():
@@ -172,6 +201,8 @@ class LocalLevel:
 
     def remove(self) -> None:
         """Remove all that is here, of whatever run, and the job's folder if nothing else is there."""
+        if not self.is_ours():
+            return
         for name in self.root.names():
             if _STEP.fullmatch(name):
                 self._discard(name)
@@ -188,9 +219,8 @@ def list_local_levels(base: Path, job: str, local_dir: Path | str) -> list[Local
     """Return what the nodes of a job have on a drive of this machine, also those with no folder in memory any more."""
     folder = Path(local_dir) / job
     names = LocalStorage(folder).names() if is_own(folder) else []
-    return [
-        LocalLevel(NodeFolder(base, job, name), local_dir) for name in names if is_name(name) and is_own(folder / name)
-    ]
+    levels = [LocalLevel(NodeFolder(base, job, name), local_dir) for name in names if is_name(name)]
+    return [level for level in levels if level.is_ours()]
 
 
 def remove_local_level(node: NodeFolder) -> Path | None:
@@ -200,10 +230,15 @@ def remove_local_level(node: NodeFolder) -> Path | None:
     """
     local_dir = Settings.read_from(node).local_dir
     level = LocalLevel(node, local_dir) if local_dir else None
-    if level is None or not is_own(level.folder.parent) or not is_own(level.folder):  # or a link that others made
+    if level is None or not level.is_ours():
         return None
     level.remove()
     return level.folder
+
+
+def _is_private(folder: Path) -> bool:
+    """Tell whether a folder is this user's, not a link to one, and nobody else can put anything into it."""
+    return is_own(folder) and not stat.S_IMODE(folder.lstat().st_mode) & 0o022
 
 
 def _copy(path: Path, slot: Slot, header: SlotHeader, pace: Pace, fault: Callable[[str, int, int], None]) -> None:

@@ -123,16 +123,30 @@ class Manifest:
         )
 
 
-def read_manifest(checkpoint: Place | Files) -> Manifest:
-    """Read the manifest of a checkpoint. Raises: CheckpointError if it is missing or damaged."""
-    files = files_of(checkpoint)
+def load_manifest(files: Files) -> Manifest:
+    """Read the manifest of a checkpoint.
+
+    Raises: CheckpointError if it is missing or damaged; OSError if it cannot be read now, which says nothing about it
+    """
     try:
         data = read_file(files, MANIFEST_NAME)
     except (FileNotFoundError, NotADirectoryError) as error:
         raise CheckpointError(f"{files.place} is not a complete checkpoint: it has no {MANIFEST_NAME}") from error
-    except OSError as error:
-        raise CheckpointError(f"{files.place}/{MANIFEST_NAME} cannot be read: {error.strerror}") from error
     return Manifest.parse(data, f"{files.place}/{MANIFEST_NAME}")
+
+
+def read_manifest(checkpoint: Place | Files) -> Manifest:
+    """Read the manifest of a checkpoint. Raises: CheckpointError if it is missing or damaged, or cannot be read."""
+    files = files_of(checkpoint)
+    try:
+        return load_manifest(files)
+    except OSError as error:
+        raise CheckpointError(unreadable(files, error)) from error
+
+
+def unreadable(files: Files, error: OSError) -> str:
+    """Say that a manifest is there but cannot be read now."""
+    return f"{files.place}/{MANIFEST_NAME} cannot be read: {error.strerror or error}"
 
 
 def readable_bytes(num_bytes: float) -> str:

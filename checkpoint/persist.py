@@ -2,7 +2,8 @@
 
     begin     one process makes a staging folder at the target
     prepare   every node writes its ranks' files into it, durably, and tells what it wrote
-    commit    one process joins what was told, writes the manifest last and publishes; then older ones are retired
+    commit    one process joins what was told, writes the manifest last and publishes
+    retire    afterwards: older ones go
 
 Level "storage" is a folder or URL that all nodes share; what lies there is what `save` writes, for other tools too.
 Level "local" is a drive of this node (`local_level.py`). A step that cannot be written leaves nothing behind.
@@ -31,9 +32,9 @@ from windlass.checkpoint.memory.membership import Membership
 from windlass.checkpoint.memory.pace import Pace
 from windlass.checkpoint.memory.segment import Slot
 from windlass.checkpoint.memory.settings import Settings
-from windlass.checkpoint.retention import discard, retain, sweep
+from windlass.checkpoint.retention import discard, remove_replaced, retain, sweep
 from windlass.checkpoint.storage import Storage, storage_of
-from windlass.checkpoint.store import PERSIST, CheckpointInfo, begin_generation, list_checkpoints, staging_name, verify
+from windlass.checkpoint.store import PERSIST, CheckpointInfo, begin_generation, staging_name, verify
 from windlass.dist.dcp_format import data_file_name
 from windlass.dist.env import fault
 from windlass.dist.errors import CheckpointError
@@ -48,7 +49,7 @@ class Persister:
     Raises: CheckpointError with where, why, and the bytes needed and free; then nothing was left behind
     """
 
-    def __init__(self, folder: NodeFolder, node: str, job: str, settings: Settings, log: Callable[[str], None]) -> None:
+    def __init__(self, folder: NodeFolder, node: str, settings: Settings, log: Callable[[str], None]) -> None:
         self.folder, self.node, self.settings, self._log = folder, node, settings, log
         self._pace = Pace(settings.bandwidth_bytes_per_s)
         self._storage: Storage | None = None
@@ -105,14 +106,21 @@ class Persister:
         membership: Membership,
         data: Mapping[int, Slot],
         parity: Mapping[int, Slot],
+        come_further: Callable[[], None] = lambda: None,
     ) -> dict[str, Any]:
         """Write this node's part of a step durably; return what `commit` is to be told of it, as JSON.
 
-        The slots must stay as they are until this returns; one that does not is noticed.
+        The slots must stay as they are until this returns; one that does not is noticed. `come_further` is called
+        before every part, and what it raises ends the writing.
 
         Blocks: host
         """
         headers = {rank: self._header(slot, rank, step, generation) for rank, slot in data.items()}
+
+        def fault(point: str, rank: int, step: int) -> None:
+            come_further()
+            self._fault(point, rank, step)
+
         with self._reporting(level, step):
             if level == LOCAL:
                 with self._clearing(level, temporary):
@@ -120,10 +128,10 @@ class Persister:
                     pairs = [(slot, headers[rank]) for rank, slot in sorted(data.items())]
                     pairs += [(s, self._header(s, r, step, generation)) for r, s in sorted(parity.items())]
                     texts = {digest: text for digest in layouts if (text := self._text_of(digest)) is not None}
-                    num_bytes = self.local.prepare(temporary, pairs, membership.dump(), texts, self._pace, self._fault)
+                    num_bytes = self.local.prepare(temporary, pairs, membership.dump(), texts, self._pace, fault)
                 return {"num_bytes": num_bytes, "ranks": {}, "extra": {}}
             try:  # and not a look into the listing first, which a network file system may have from earlier
-                told = {str(rank): self._write(temporary, slot, headers[rank]) for rank, slot in sorted(data.items())}
+                told = {str(r): self._write(temporary, slot, headers[r], fault) for r, slot in sorted(data.items())}
                 self.storage.sync(temporary)
             except FileNotFoundError as error:
                 raise CheckpointError(
@@ -159,7 +167,7 @@ class Persister:
         extra = next((dict(node["extra"]) for node in rows.values() if node["extra"]), {})
         storage = self.storage
         with self._reporting(level, step), self._clearing(level, temporary):
-            _, name, replaced = commit(
+            _, name, _ = commit(
                 storage,
                 temporary,
                 step,
@@ -167,13 +175,18 @@ class Persister:
                 extra | {"generation": generation},
                 lambda point: self._fault(point, 0, step),
             )
-        try:
-            if replaced is not None:
-                storage.remove(replaced)
-            self._retain(name, step, generation)
-        except Exception as error:  # of whatever kind: the checkpoint itself counts already
-            self._log(f"checkpoint {name} is complete, but an older one could not be removed: {error}")
         return str(storage.inside(name).address)
+
+    def retire(self, step: int, generation: int) -> None:
+        """Remove from storage what is not needed any more once a step was committed there; log what resists.
+
+        Blocks: host, and for long: another process's checkpoint may have to be read first
+        """
+        try:
+            remove_replaced(self.storage)
+            self._retain(step, generation)
+        except Exception as error:  # of whatever kind: the checkpoint itself counts already
+            self._log(f"the checkpoint of step {step} is complete, but an older one could not be removed: {error}")
 
     def abandon(self, level: str, temporary: str) -> None:
         """Remove what was written of a step that will not be committed."""
@@ -184,19 +197,6 @@ class Persister:
             self._log(f"{temporary} could not be removed and will be with the next checkpoint: {error}")
 
     # -- what is there -----------------------------------------------------------------------------------------------
-
-    def steps(self, level: str) -> list[int]:
-        """Return the steps that are complete at a level, newest first."""
-        if level == LOCAL:
-            return [] if self._local is None else [held.step for held in self._local.complete()]
-        if not self.settings.storage:
-            return []
-        with self._reporting(level, None):
-            return [info.step for info in list_checkpoints(self.storage) if info.problem is None]
-
-    def newest(self, level: str) -> int | None:
-        """Return the newest step that is complete at a level."""
-        return next(iter(self.steps(level)), None)
 
     def fence(self, generation: int) -> None:
         """Mark at the target that a generation has begun; to be called before it reads what is there."""
@@ -221,7 +221,9 @@ class Persister:
 
     # -- parts -------------------------------------------------------------------------------------------------------
 
-    def _write(self, temporary: str, slot: Slot, header: SlotHeader) -> dict[str, Any]:
+    def _write(
+        self, temporary: str, slot: Slot, header: SlotHeader, fault: Callable[[str, int, int], None]
+    ) -> dict[str, Any]:
         layout = self._layout(header.layout)
         table = [int(word) for word in header.hashes[header.own_key]]
         what = f"snapshot of step {header.step} of rank {header.rank} in memory of node {self.node}"
@@ -234,7 +236,7 @@ class Persister:
                 layout,
                 source,
                 pace=self._pace,
-                fault=lambda point: self._fault(point, header.rank, header.step),
+                fault=lambda point: fault(point, header.rank, header.step),
             )
         except Exception:
             with contextlib.suppress(OSError):  # the folder goes too, but on a full disk every byte counts now
@@ -247,11 +249,12 @@ class Persister:
             told["file"][0] = name
         return told
 
-    def _retain(self, name: str, step: int, generation: int) -> None:
+    def _retain(self, step: int, generation: int) -> None:
         """Retire old checkpoints. One of another process is read once before older ones are given up for it."""
 
         def is_valid(info: CheckpointInfo) -> bool:
-            if info.name != name and info.seal not in self._valid and verify(self.storage.inside(info.name)):
+            own = info.order == (generation, step)
+            if not own and info.seal not in self._valid and verify(self.storage.inside(info.name)):
                 return False
             self._valid.add(info.seal)
             return True

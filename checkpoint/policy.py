@@ -16,7 +16,10 @@ class CheckpointConfig:
     at_end: bool = field(default=True, metadata={"help": "save when training ends or is asked to stop"})
     resume: str = field(
         default="auto",
-        metadata={"help": "auto: newest valid checkpoint of the run folder if any; never; or a checkpoint folder"},
+        metadata={
+            "help": "auto: newest step of the run that is whole in memory, on drives or in a checkpoint, if any; "
+            "never; or a checkpoint's folder or URL"
+        },
     )
     mode: str = field(
         default="sync",
@@ -62,7 +65,12 @@ class SnapshotConfig:
     )
     slots: int = field(
         default=2,
-        metadata={"help": "snapshots that a node has room for; one is filled while another is kept", "ge": 2, "le": 4},
+        metadata={
+            "help": "snapshots that a node has room for; one is filled while another is kept. With 2 none is taken "
+            "while a checkpoint is written from one of them, with 3 they go on",
+            "ge": 2,
+            "le": 4,
+        },
     )
     redundancy: str = field(
         default="none",

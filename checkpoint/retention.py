@@ -55,7 +55,7 @@ def sweep(root: Storage, generation: int, writer: str = "") -> list[str]:
     return the names.
 
     Nothing goes but names of our own pattern, and nothing of a newer generation, or that another writer of this one
-    may be at work on. Not to be called while `writer` is.
+    may be at work on, or that is being read. Not to be called while `writer` is.
     """
     restore_set_aside(root)
     found = [
@@ -64,9 +64,17 @@ def sweep(root: Storage, generation: int, writer: str = "") -> list[str]:
         if left.generation < generation or (writer and left.generation == generation and left.writer in ("", writer))
     ]
     found += [info.name for info in list_checkpoints(root) if info.hidden and info.generation < generation]
+    found = [name for name in found if not is_being_read(root.inside(name))]
     for name in found:
         discard(root, name)
     return found
+
+
+def remove_replaced(root: Storage) -> None:
+    """Remove what one of the same step has replaced, unless somebody reads it: then it goes with a later one."""
+    for left in leftovers(root):
+        if left.kind == "old" and left.checkpoint in root.names() and not is_being_read(root.inside(left.name)):
+            root.remove(left.name)
 
 
 def retain(
@@ -91,10 +99,15 @@ def retain(
     if keep == 0:
         return []
     here = [i for i in list_checkpoints(root) if i.order <= (generation, saved_step) or i.generation < generation]
+    if any(info.unreadable for info in here):
+        return []  # how far back a rollback may reach is known only by reading all
     complete = [info for info in here if info.problem is None]
-    kept, valid, needed = 0, 0, _within_reach(complete)
+    keep = max(keep, _within_reach(complete))
+    if len(complete) <= keep:
+        return []  # at once: whether one is valid costs reading it
+    kept = valid = 0
     for info in complete:
-        if kept >= max(keep, needed) and valid >= least:
+        if kept >= keep and valid >= least:
             break
         kept += 1
         valid += is_valid(info) if valid < least else 0

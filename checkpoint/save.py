@@ -15,10 +15,10 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from windlass.checkpoint.agree import Peers, on_all_ranks
 from windlass.checkpoint.commit import ARCHIVE_BYTES, commit
@@ -33,12 +33,7 @@ from windlass.dist.dcp_format import data_file_name
 from windlass.dist.env import fault
 from windlass.dist.errors import CheckpointError
 from windlass.dist.state import Piece, StateSource
-
-
-class Spans(Protocol):
-    """What is needed of a tracer."""
-
-    def span(self, name: str, lane: str, **args: Any) -> AbstractContextManager[Any]: ...
+from windlass.dist.trace import Tracer
 
 
 @dataclass(frozen=True)
@@ -64,7 +59,7 @@ def save(
     group: Peers,
     *,
     keep: int,
-    tracer: Spans | None = None,
+    tracer: Tracer | None = None,
 ) -> SaveReport:
     """Write `source` as `folder_root/step-XXXXXXXX/` and retire all but the newest `keep` checkpoints (0: keep all).
 
@@ -93,7 +88,7 @@ class _Save:
         extra: dict[str, Any],
         group: Peers,
         keep: int,
-        tracer: Spans | None,
+        tracer: Tracer | None,
     ) -> None:
         self.storage = LocalStorage(root)
         self.root, self.step, self.source, self.extra = root, step, source, dict(extra)

@@ -207,8 +207,10 @@ class LocalStorage:
         return (self.folder / name).stat().st_size
 
     def names(self, folder: str = "") -> list[str]:
-        path = self.folder / folder
-        return sorted(os.listdir(path)) if path.is_dir() else []
+        try:
+            return sorted(os.listdir(self.folder / folder))
+        except (FileNotFoundError, NotADirectoryError):
+            return []
 
     def sizes(self, folder: str = "") -> dict[str, int]:
         path = self.folder / folder

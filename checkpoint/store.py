@@ -28,7 +28,14 @@ import xxhash
 
 from windlass.checkpoint.agree import Alone, Peers, on_all_ranks
 from windlass.checkpoint.fence import Fence, raise_fence, read_fence
-from windlass.checkpoint.manifest import MANIFEST_NAME, Manifest, read_manifest, readable_bytes
+from windlass.checkpoint.manifest import (
+    MANIFEST_NAME,
+    Manifest,
+    load_manifest,
+    read_manifest,
+    readable_bytes,
+    unreadable,
+)
 from windlass.checkpoint.storage import (
     READ_BYTES,
     Files,
@@ -47,6 +54,7 @@ _COMPLETE = re.compile(r"step-(\d{8,})(?:-g(\d+)-[0-9a-f]{8})?")
 _LEFTOVER = re.compile(
     r"\.(step-\d{8,}(?:-g\d+-[0-9a-f]{8})?)\.(tmp|old|trash)-(?:(\d+)-)?(?:(save|persist)-)?[0-9a-f]{8}"
 )
+LOOKS = 2  # at checkpoints whose manifest cannot be read: network file systems fail once and then answer
 SAVE, PERSIST = "save", "persist"  # who writes: the trainers together, or the snapshot processes; both may at one time
 
 
@@ -78,6 +86,7 @@ class CheckpointInfo:
     extra: dict[str, Any] = field(default_factory=dict)
     seal: str = ""
     hidden: bool = False  # published by a generation that had been given up
+    unreadable: bool = False  # its manifest is there but cannot be read now, so nobody knows what it is
 
     @property
     def order(self) -> tuple[int, int]:
@@ -227,12 +236,28 @@ def begin_generation(root: Place | Storage, generation: int) -> None:
     """Mark durably that a new start of the workers has begun, before it chooses where to go on.
 
     Invariant: from now on an older generation can publish or remove nothing that a reader would notice
-    Raises: CheckpointError if a newer one has begun; OSError
+    Raises: CheckpointError if a newer one has begun, or what is there cannot be read; OSError
     """
     storage = storage_of(root)
     restore_set_aside(storage)
-    known = {info.name: info.seal for info in list_checkpoints(storage) if info.seal and not info.hidden}
-    raise_fence(storage, generation, known)
+    raise_fence(storage, generation, lambda: _seals(storage))
+
+
+def _seals(storage: Storage) -> dict[str, str]:
+    """Return the seals of the checkpoints that count, by name. One that is damaged has none.
+
+    Raises: CheckpointError if one is there that cannot be read now: left out, it would be hidden, and then removed
+    """
+    for _ in range(LOOKS):
+        found = list_checkpoints(storage)
+        unread = next((info for info in found if info.unreadable), None)
+        if unread is None:
+            return {info.name: info.seal for info in found if info.seal and not info.hidden}
+    assert unread is not None
+    raise CheckpointError(
+        f"{unread.problem}. Nothing was changed: a new start has to know which checkpoints there are. Start again when "
+        f"it can be read, or remove {unread.name} if it is lost"
+    )
 
 
 def publish(storage: Storage, staged: str, manifest: Manifest, fault: Callable[[str], None]) -> tuple[str, str | None]:
@@ -312,13 +337,15 @@ def leftovers(root: Storage) -> list[Leftover]:
 
 def _info(root: Storage, fence: Fence, name: str, step: int) -> CheckpointInfo | None:
     storage = root.inside(name)
-    if not root.renames and not exists(storage, MANIFEST_NAME):
-        return None  # being written
     base = CheckpointInfo(storage.address, name, step, fence.generation, None)
     try:
-        manifest = read_manifest(storage)
+        if not root.renames and not exists(storage, MANIFEST_NAME):
+            return None  # being written
+        manifest = load_manifest(storage)
     except CheckpointError as error:
         return replace(base, problem=str(error)) if root.renames or exists(storage, MANIFEST_NAME) else None
+    except OSError as error:
+        return replace(base, problem=unreadable(storage, error), unreadable=True)
     hidden = fence.hides(name, manifest.generation, manifest.seal)
     problem = (
         f"published by generation {manifest.generation} after generation {fence.generation} had begun"

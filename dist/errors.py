@@ -74,6 +74,12 @@ class CheckpointError(WindlassError):
     exit_code = 8
 
 
+class DamagedError(CheckpointError):
+    """What was kept is not what was written, and never will be again."""
+
+    exit_code = 13
+
+
 class NumericsError(WindlassError):
     """A loss or gradient is not finite."""
 

@@ -20,6 +20,7 @@ from windlass.dist.errors import ConfigError
 from windlass.dist.mesh import Mesh, plan_mesh
 from windlass.launch.check_offload import check_offload
 from windlass.launch.check_recovery import check_recovery
+from windlass.launch.check_unused import unused
 from windlass.launch.drives import missing_folder
 from windlass.launch.job import Key, Loaded, job_keys, show_value
 from windlass.launch.suggest import nearest_key
@@ -97,11 +98,6 @@ def check_job(loaded: Loaded, world_size: int, *, to_run: bool = True) -> Mesh:
     return mesh
 
 
-def _unused(loaded: Loaded, path: str, why: str) -> None:
-    if path in loaded.given:
-        raise ConfigError(f"{loaded.at(path)}: has no effect {why}. Remove it, or change that.")
-
-
 def _check_batch(loaded: Loaded, mesh: Mesh) -> None:
     train, model = loaded.config.train, loaded.config.model
     ranks = mesh.size("dp")
@@ -125,7 +121,7 @@ def _check_pipeline(loaded: Loaded, mesh: Mesh) -> None:
     if pp == 1:
         for path in sorted(loaded.given):
             if path.startswith("pipeline."):
-                _unused(loaded, path, "with parallelism.pp = 1, which is no pipeline")
+                unused(loaded, path, "with parallelism.pp = 1, which is no pipeline")
         return
     name = pipeline.schedule
     if name not in ("auto", *BUILDERS) and not Path(name).is_file():
@@ -136,10 +132,10 @@ def _check_pipeline(loaded: Loaded, mesh: Mesh) -> None:
             + f" Use auto, {', '.join(BUILDERS)} or a schedule file."
         )
     if name not in ("auto", "interleaved"):
-        _unused(loaded, "pipeline.chunks", f"with pipeline.schedule = '{name}', only with interleaved")
+        unused(loaded, "pipeline.chunks", f"with pipeline.schedule = '{name}', only with interleaved")
     if pipeline.vocab == "off":
         for key in ("vocab_shares", "vocab_chunk"):
-            _unused(loaded, f"pipeline.{key}", "with pipeline.vocab = 'off'")
+            unused(loaded, f"pipeline.{key}", "with pipeline.vocab = 'off'")
     per_rank: tuple[tuple[str, str, Callable[[list[float]], bool]], ...] = (
         ("speeds", "positive numbers", lambda values: min(values) > 0),
         ("vocab_shares", "numbers of 0 or more, not all 0", lambda values: min(values) >= 0 < sum(values)),
@@ -171,29 +167,29 @@ def _check_schedule(loaded: Loaded) -> None:
             f"never reached. Use {max(steps // 10, 0)}."
         )
     if schedule.kind != "wsd":
-        _unused(loaded, "lr_scheduler.decay_steps", f"with lr_scheduler.kind = '{schedule.kind}', only with wsd")
+        unused(loaded, "lr_scheduler.decay_steps", f"with lr_scheduler.kind = '{schedule.kind}', only with wsd")
     elif schedule.warmup_steps + schedule.decay_steps > steps:
         raise ConfigError(
             f"{loaded.at('lr_scheduler.decay_steps')}: with lr_scheduler.warmup_steps = {schedule.warmup_steps} it is "
             f"longer than train.steps = {steps}. Use at most {steps - schedule.warmup_steps}."
         )
     if schedule.kind == "constant":
-        _unused(loaded, "lr_scheduler.min_ratio", "with lr_scheduler.kind = 'constant'")
+        unused(loaded, "lr_scheduler.min_ratio", "with lr_scheduler.kind = 'constant'")
 
 
 def _check_optimizer(loaded: Loaded) -> None:
     optimizer = loaded.config.optimizer
     if optimizer.name == "sgd":
         for name in ("betas", "eps"):
-            _unused(loaded, f"optimizer.{name}", "with optimizer.name = 'sgd'")
+            unused(loaded, f"optimizer.{name}", "with optimizer.name = 'sgd'")
     else:
-        _unused(loaded, "optimizer.momentum", f"with optimizer.name = '{optimizer.name}', which has optimizer.betas")
+        unused(loaded, "optimizer.momentum", f"with optimizer.name = '{optimizer.name}', which has optimizer.betas")
     if not all(0 <= beta < 1 for beta in optimizer.betas):
         raise ConfigError(
             f"{loaded.at('optimizer.betas')}: both must be at least 0 and less than 1, as in [0.9, 0.95]."
         )
     if optimizer.nonfinite != "skip":
-        _unused(loaded, "optimizer.max_skips", f"with optimizer.nonfinite = '{optimizer.nonfinite}'")
+        unused(loaded, "optimizer.max_skips", f"with optimizer.nonfinite = '{optimizer.nonfinite}'")
 
 
 def _check_precision(loaded: Loaded) -> None:
@@ -210,7 +206,7 @@ def _check_zero(loaded: Loaded, mesh: Mesh) -> None:
     zero, sizes = loaded.config.zero, mesh.sizes
     if zero.stage != 3:
         for name in ("reshard", "prefetch"):
-            _unused(loaded, f"zero.{name}", f"with zero.stage = {zero.stage}, only with 3")
+            unused(loaded, f"zero.{name}", f"with zero.stage = {zero.stage}, only with 3")
     elif zero.reshard == ("run" if sizes["pp"] == 1 else "turnaround"):
         alone = sizes["pp"] == 1
         why = "is for pipelines, and parallelism.pp = 1" if alone else "cannot be: other work comes between"
@@ -231,15 +227,15 @@ def _check_zero(loaded: Loaded, mesh: Mesh) -> None:
 def _check_unused(loaded: Loaded) -> None:
     config = loaded.config
     if config.activation.policy != "recompute":
-        _unused(
+        unused(
             loaded, "activation.every", f"with activation.policy = '{config.activation.policy}', only with recompute"
         )
     if not config.checkpoint.every and not config.checkpoint.at_end:
-        _unused(loaded, "checkpoint.keep", "when nothing is saved (checkpoint.every = 0, checkpoint.at_end = false)")
+        unused(loaded, "checkpoint.keep", "when nothing is saved (checkpoint.every = 0, checkpoint.at_end = false)")
     if not config.profiler.start_step:
         for path in loaded.given:
             if path.startswith("profiler."):
-                _unused(loaded, path, "with profiler.start_step = 0, which records nothing")
+                unused(loaded, path, "with profiler.start_step = 0, which records nothing")
     elif config.profiler.start_step > config.train.steps:
         raise ConfigError(
             f"{loaded.at('profiler.start_step')}: the run ends at train.steps = {config.train.steps}. Use at most that."
@@ -260,7 +256,7 @@ def _check_cluster(loaded: Loaded, to_run: bool) -> None:
     cluster = loaded.config.cluster
     paths, weights = cluster.nvme_paths, cluster.nvme_weights
     if not paths:
-        _unused(loaded, "cluster.nvme_weights", "without cluster.nvme_paths")
+        unused(loaded, "cluster.nvme_weights", "without cluster.nvme_paths")
     elif weights and not (len(weights) == len(paths) and all(math.isfinite(w) and w > 0 for w in weights)):
         raise ConfigError(
             f"{loaded.at('cluster.nvme_weights')}: must be {len(paths)} positive numbers, one per folder of "

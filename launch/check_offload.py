@@ -6,6 +6,7 @@ Must not know: bytes, which plan comes of it.
 from __future__ import annotations
 
 from windlass.dist.errors import ConfigError
+from windlass.launch.check_unused import unused
 from windlass.launch.job import Loaded, show_value
 from windlass.launch.suggest import nearest_key
 from windlass.offload.policy import OffloadConfig, Policy
@@ -50,17 +51,17 @@ def check_offload(loaded: Loaded, *, to_run: bool) -> None:
         )
     if not on_nvme:
         for key in ("engine", "io_threads", "checksums", "nvme_bytes", "host_share"):
-            _unused(loaded, f"offload.{key}", "when nothing rests on nvme")
+            unused(loaded, f"offload.{key}", "when nothing rests on nvme")
     if "nvme" not in optimizers:
         for key in ("cache", "host_share"):
-            _unused(loaded, f"offload.{key}", "when the optimizer does not rest on nvme")
+            unused(loaded, f"offload.{key}", "when the optimizer does not rest on nvme")
     if optimizers == {"device"} and params == {"device"}:
         for key in ("device_share", "stride", "chunk", "slabs", "update", "clip", "order"):
-            _unused(loaded, f"offload.{key}", "when the optimizer rests on the device")
+            unused(loaded, f"offload.{key}", "when the optimizer rests on the device")
     if policy.when == "backward":
-        _unused(loaded, "offload.order", "when updates begin during backward, as gradients arrive")
+        unused(loaded, "offload.order", "when updates begin during backward, as gradients arrive")
     if loaded.config.optimizer.name != "adamw":
-        _unused(loaded, "offload.adam", f"with optimizer.name = '{loaded.config.optimizer.name}'")
+        unused(loaded, "offload.adam", f"with optimizer.name = '{loaded.config.optimizer.name}'")
     if config.adam == "deepspeed" and loaded.config.precision.param == "fp64":
         raise ConfigError(f"{loaded.at('offload.adam')}: updates fp32 weights only. Use offload.adam=torch with fp64.")
     if loaded.config.parallelism.pp > 1 and config.lookahead[1] == 0 and config.lookahead[0] > 0:
@@ -70,16 +71,11 @@ def check_offload(loaded: Loaded, *, to_run: bool) -> None:
         )
     if params == {"device"}:
         for key in ("param_device_share", "lookahead", "window"):
-            _unused(loaded, f"offload.{key}", "when parameters rest on the device")
+            unused(loaded, f"offload.{key}", "when parameters rest on the device")
 
 
 def _slowest(tiers: set[str]) -> str:
     return next(tier for tier in ("nvme", "host", "device") if tier in tiers)
-
-
-def _unused(loaded: Loaded, path: str, why: str) -> None:
-    if path in loaded.given:
-        raise ConfigError(f"{loaded.at(path)}: has no effect {why}. Remove it, or change that.")
 
 
 def _check_numbers(loaded: Loaded, config: OffloadConfig) -> None:

@@ -8,8 +8,10 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from windlass.dist.device import num_accelerators
 from windlass.dist.errors import ConfigError
-from windlass.dist.mesh import Mesh
+from windlass.dist.mesh import Mesh, plan_mesh
+from windlass.launch.check_unused import unused
 from windlass.launch.job import Loaded
 
 WITHOUT_PEERS = ("group", "parity")
@@ -42,18 +44,22 @@ def check_recovery(loaded: Loaded, mesh: Mesh, *, to_run: bool) -> None:
 def check_without_controller(loaded: Loaded, *, ray: bool) -> None:
     """Check what only a controller knows, for a run that has none; Ray places workers on nodes without one too.
 
-    Raises:      ConfigError for emulated nodes, of which there will be none
+    Raises:      ConfigError for emulated nodes, of which there will be none, and for what only a controller waits for
     """
-    why = "without a controller (snapshot.every = 0, checkpoint.mode = 'sync' and recovery.max_restarts = 0)"
+    why = (
+        "without a controller (snapshot.every = 0, checkpoint.mode = 'sync', recovery.max_restarts = 0 and "
+        "recovery.spike_factor = 0)"
+    )
     if loaded.config.launch.nodes > 1 and not ray:
-        _unused(loaded, "launch.nodes", f"{why}: this machine is one node then")
-    _unused(loaded, "launch.spares", f"{why}: nothing takes the place of a lost node then")
+        unused(loaded, "launch.nodes", f"{why}: this machine is one node then")
+    unused(loaded, "launch.spares", f"{why}: nothing takes the place of a lost node then")
+    unused(loaded, "recovery.grace_s", f"{why}: a request to stop waits as long as the workers need then")
 
 
 def check_emulated(loaded: Loaded) -> None:
-    """Check that the nodes which this machine stands for get equally many workers.
+    """Check a run under a controller on this machine, which may stand for several nodes.
 
-    Raises:      ConfigError naming the numbers of nodes that work
+    Raises:      ConfigError naming the numbers of nodes that work, and for what needs real nodes; PlanError
     """
     workers, nodes = loaded.config.launch.workers, loaded.config.launch.nodes
     if nodes and workers % nodes:
@@ -62,18 +68,49 @@ def check_emulated(loaded: Loaded) -> None:
             f"{loaded.at('launch.nodes')}: launch.workers = {workers} cannot be divided evenly among {nodes} nodes. "
             f"Use one of {fitting}; further nodes for when one is lost are launch.spares."
         )
+    check_controlled(loaded, nodes, emulated=True)
+    for name in ("replace_s", "grow_s"):
+        if getattr(loaded.config.recovery, name):
+            unused(loaded, f"recovery.{name}", "without Ray: no node of this machine comes back")
+
+
+def check_controlled(loaded: Loaded, nodes: int, *, emulated: bool) -> None:
+    """Check what a controller and its nodes (0: nobody knows yet how many) cannot do for a run.
+
+    Raises:      ConfigError naming the key; PlanError for nodes that cannot protect each other as asked for
+    """
+    unused(loaded, "launch.grace_s", "with a controller, which kills at once what is left of a failed generation")
+    if emulated:
+        check_shared_devices(loaded, nodes)
+    if nodes > 1 and uses_snapshots(loaded):
+        from windlass.launch.plan_snapshots import planned_groups
+
+        planned_groups(loaded.config, plan_mesh(loaded.config.parallelism, loaded.config.launch.workers), nodes)
+
+
+def check_shared_devices(loaded: Loaded, nodes: int) -> None:
+    """Check that the nodes which this machine stands for need no accelerator: the first rank of each would take the
+    first one.
+
+    Raises:      ConfigError
+    """
+    if nodes > 1 and loaded.config.train.device != "cpu" and num_accelerators():
+        raise ConfigError(
+            f"{loaded.at('train.device')}: {nodes} emulated nodes cannot share the GPUs of this machine. Use "
+            "train.device=cpu, or a single node."
+        )
 
 
 def _check_snapshots(loaded: Loaded, mesh: Mesh) -> None:
     snapshot = loaded.config.snapshot
     if not uses_snapshots(loaded):
         for name in ("redundancy", *WITHOUT_PEERS, *WITHOUT_PROCESS):
-            _unused(loaded, f"snapshot.{name}", "without snapshots (snapshot.every = 0 and checkpoint.mode = 'sync')")
+            unused(loaded, f"snapshot.{name}", "without snapshots (snapshot.every = 0 and checkpoint.mode = 'sync')")
     elif snapshot.redundancy == "none":
         for name in WITHOUT_PEERS:
-            _unused(loaded, f"snapshot.{name}", "with snapshot.redundancy = 'none'")
+            unused(loaded, f"snapshot.{name}", "with snapshot.redundancy = 'none'")
     elif snapshot.redundancy == "xor":
-        _unused(loaded, "snapshot.parity", "with snapshot.redundancy = 'xor', which has one parity block")
+        unused(loaded, "snapshot.parity", "with snapshot.redundancy = 'xor', which has one parity block")
     if snapshot.every > loaded.config.train.steps:
         raise ConfigError(
             f"{loaded.at('snapshot.every')}: more than train.steps = {loaded.config.train.steps}, so none is ever "
@@ -106,9 +143,7 @@ def _check_levels(loaded: Loaded) -> None:
     checkpoint, snapshot = loaded.config.checkpoint, loaded.config.snapshot
     if checkpoint.mode == "sync":
         for name in ("url", "local_every", "local_dir", "bandwidth_bytes_per_s"):
-            _unused(
-                loaded, f"checkpoint.{name}", "with checkpoint.mode = 'sync'. Use lazy: the snapshot process writes"
-            )
+            unused(loaded, f"checkpoint.{name}", "with checkpoint.mode = 'sync'. Use lazy: the snapshot process writes")
     if bool(checkpoint.local_every) != bool(checkpoint.local_dir):
         raise ConfigError(
             f"{loaded.at('checkpoint.local_every')} and {loaded.at('checkpoint.local_dir')}: give both, such as "
@@ -137,17 +172,17 @@ def _check_restarts(loaded: Loaded, mesh: Mesh) -> None:
     if not uses_snapshots(loaded):
         why = "without a snapshot process, which looks for hangs (snapshot.every = 0 and checkpoint.mode = 'sync')"
         for name in BY_WATCHDOG:
-            _unused(loaded, f"recovery.{name}", why)
+            unused(loaded, f"recovery.{name}", why)
     if not recovery.max_restarts:
         for name in ("min_workers", "replace_s", "grow_s", "crash_loops", "node_failures", "window_s", "fork_server"):
-            _unused(loaded, f"recovery.{name}", "with recovery.max_restarts = 0, which gives up at once")
+            unused(loaded, f"recovery.{name}", "with recovery.max_restarts = 0, which gives up at once")
     if recovery.min_workers > mesh.world_size:
         raise ConfigError(f"{loaded.at('recovery.min_workers')}: there are only {mesh.world_size} workers. Use fewer.")
     if not recovery.min_workers:
-        _unused(loaded, "recovery.grow_s", "with recovery.min_workers = 0: there are never fewer workers")
+        unused(loaded, "recovery.grow_s", "with recovery.min_workers = 0: there are never fewer workers")
     if not recovery.spike_factor:
         for name in ("spike_window", "spike_back", "spike_attempts"):
-            _unused(loaded, f"recovery.{name}", "with recovery.spike_factor = 0")
+            unused(loaded, f"recovery.{name}", "with recovery.spike_factor = 0")
     else:
         _check_rollback(loaded)
 
@@ -197,8 +232,3 @@ def _check_folders(loaded: Loaded) -> None:
         from windlass.checkpoint.storage import check_url
 
         check_url(config.checkpoint.url)
-
-
-def _unused(loaded: Loaded, path: str, why: str) -> None:
-    if path in loaded.given:
-        raise ConfigError(f"{loaded.at(path)}: has no effect {why}. Remove it, or change that.")

@@ -16,8 +16,9 @@ import hashlib
 import json
 import os
 import secrets
+import stat
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, final
@@ -44,7 +45,6 @@ Kind = Literal[
 ]
 Record = dict[str, Any]
 Phase = Literal["began", "imported", "met", "found", "loaded", "first_step"]
-PHASES: tuple[Phase, ...] = ("began", "imported", "met", "found", "loaded", "first_step")
 
 
 def control_folder(run: Path) -> Path:
@@ -60,7 +60,7 @@ def job_of(run: Path | str) -> str:
 def job_token(run: Path) -> str:
     """Return the secret of a run, made at its first use.
 
-    Raises:      CheckpointError if it can be neither read nor made
+    Raises:      CheckpointError if it can be neither read nor made, or others could have made it or read it
     """
     path = control_folder(run) / "token"
     try:
@@ -73,11 +73,26 @@ def job_token(run: Path) -> str:
         with contextlib.suppress(FileExistsError):  # the first one wins, and is whole when it appears
             os.link(draft, path)
         draft.unlink()
-        return path.read_text(encoding="ascii").strip()
+        return _read_own(path)
     except OSError as error:
         raise CheckpointError(
             f"'{path}': {error.strerror}. The run folder must be writable and support hard links"
         ) from error
+
+
+def _read_own(path: Path) -> str:
+    """Read a file that this user alone can have written and read: whoever knows a token is believed.
+
+    Raises:      CheckpointError if it is another one; OSError
+    """
+    why = "is a symbolic link"
+    if not path.is_symlink():
+        with open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC), encoding="ascii") as file:
+            facts = os.fstat(file.fileno())
+            if facts.st_uid == os.geteuid() and not facts.st_mode & 0o077:
+                return file.read().strip()
+            why = f"is not this user's alone (user {facts.st_uid}, mode {stat.S_IMODE(facts.st_mode):o})"
+    raise CheckpointError(f"'{path}' {why}, so others could act as this run. Remove it, and it is made anew")
 
 
 def encode(record: Mapping[str, Any]) -> bytes:
@@ -163,12 +178,16 @@ class ControlLog:
                 f"('{self.path}'). This one ends"
             )
 
-    def bump(self, *, at_least: int = 1, by: str = "") -> int:
-        """Begin a new generation durably and return its number. Call before anything else of a recovery."""
+    def bump(self, *, at_least: int = 1, by: str = "", agents: Sequence[str] = ()) -> int:
+        """Begin a new generation durably and return its number. Call before anything else of a recovery.
+
+        `agents`: who has started its workers, where that is no controller; see `begun_by`
+        """
         with self._locked() as fd:
             self.refresh()
             self._mine = max(self.generation + 1, self.floor + 1, at_least)
-            self._write(fd, {"kind": "generation", "time": time.time(), "generation": self._mine, "by": by})
+            facts = {"by": by, "agents": list(agents)} if agents else {"by": by}
+            self._write(fd, {"kind": "generation", "time": time.time(), "generation": self._mine, **facts})
             return self._mine
 
     def adopt(self) -> None:
@@ -240,6 +259,11 @@ class ControlLog:
     def restarted(self) -> bool:
         """Tell whether the newest generation is not the first one since the run was started."""
         return sum(record["kind"] == "generation" for record in self.since_launch()) > 1
+
+    def begun_by(self, agents: Iterable[str]) -> bool:
+        """Tell whether one of these agents has begun a generation since the run was started."""
+        mine = set(agents) - {""}
+        return any(mine & set(record.get("agents", ())) for record in self.since_launch())
 
     def first_since_launch(self) -> int:
         """Return the first generation since the run was started."""

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import secrets
 import signal
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, final
 
-from windlass.dist.errors import CheckpointError, ConfigError, PlanError, SpikeError, WindlassError, WorkerError
+from windlass.dist.errors import CheckpointError, ConfigError, PlanError, SpikeError, WorkerError
+from windlass.launch import lines
 from windlass.launch.blame import blame
 from windlass.launch.control_log import ControlLog, Kind
 from windlass.launch.decide import Failed, History, Limits, Restart, Stop, Wait, decide
@@ -95,13 +95,14 @@ class Controller:
         self._variables = dict(variables or {})
         self._strikes = list(strikes)
         self._launch = launch or secrets.token_hex(8)
-        self._say = say or _to_stderr
+        self._say = say or lines.say
         self._steps = StepWatch(run)
         self._seating: Seating | None = None
         self._generation = 0
         self._recovery: Recovery | None = None  # under way, until its first step is done
         self._planned = ""
         self._looked = self._grew = 0.0
+        self._unread = ""  # why the log cannot be read
 
     def run(self, stop: StopCount) -> int:
         """Run the job and return its exit code.
@@ -235,13 +236,23 @@ class Controller:
         now = time.monotonic()
         if now - self._looked >= (LOOK_S if whole else SOON_S):
             self._looked = now
-            self._log.check_owner()
+            self._check_owner()
             for news in self._fleet.tend():
                 self._note("notice", message=news)
                 self._say(f"windlass: {news}")
             self._look_at_start()
             self._planned = self._planned or (self._wish() if whole else "")
         return bool(self._planned)
+
+    def _check_owner(self) -> None:
+        """End if another controller has taken over. A log that cannot be read for a while ends no healthy run."""
+        try:
+            self._log.check_owner()
+            self._unread = ""
+        except CheckpointError as error:
+            if not self._unread:
+                self._say(f"windlass: {error}; training goes on")
+            self._unread = str(error)
 
     def _strike(self) -> None:
         """Do what the drill wants at this step."""
@@ -393,7 +404,8 @@ class Controller:
         self._log.append("decision", action="stop", why=decision.why)
         if self._limits.max_restarts or not exits:
             self._say("\n".join([f"windlass: not started again: {decision.why}", *(f"  {x}" for x in decision.report)]))
-        failures = order_failures(exits)
+        # A controller that took over has only what the one before has noted.
+        failures = order_failures(exits) if exits else self._history().failures[-1:]
         return failures[0].exit_code if failures else WorkerError.exit_code
 
     def _end(self, code: int) -> None:
@@ -401,18 +413,15 @@ class Controller:
         try:
             self._log.check_owner()
             complete = code == 0 and self._complete()
+            self._log.append("end", code=code)  # first: a controller that follows one killed here starts nothing again
         except WorkerError:  # nodes, and workers that run there now, are of the newer generation
             return
-        except CheckpointError as error:
+        except CheckpointError as error:  # the run is over; its log must not hide what it came to
             self._say(f"windlass: {error}")
         try:
             self._fleet.release(complete)
         finally:
-            try:
-                self._log.append("end", code=code)
-                self._write_history()
-            except WindlassError as error:  # the run is over; its log must not hide what it came to
-                self._say(f"windlass: {error}")
+            self._write_history()
 
     def _complete(self) -> bool:
         """Whether the workers have said that the newest state is durable, or there is nothing to say."""
@@ -424,10 +433,6 @@ class Controller:
             write_history(self._run, self._log.records)
         except OSError as error:
             self._say(f"windlass: history.md is not up to date in '{self._run}': {error.strerror}")
-
-
-def _to_stderr(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
 
 
 def allowed_sizes(workers: int, smallest: int, works: Callable[[int], object]) -> tuple[int, ...]:

@@ -39,8 +39,9 @@ class Limits:
 
 @dataclass(frozen=True)
 class Failed:
-    """One failure. `kind`: worker | hang | node | start; `step`: the last one that was finished; `restored`: the one
-    before the first that was made, None if unknown; `repeats`: a mistake that no restart mends; `node` empty: unknown.
+    """One failure. `kind`: worker | hang | node | start, or planned, which is none: workers were asked to end; `step`:
+    the last one that was finished; `restored`: the one before the first that was made, None if unknown; `repeats`: a
+    mistake that no restart mends; `node` empty: unknown.
     """
 
     generation: int
@@ -84,7 +85,8 @@ class History:
                 facts = {name: record[name] for name in names & set(record) if name != "kind"}
                 failures.append(Failed(kind=record["what"], **facts))
             elif record["kind"] == "lost" and failures:
-                failures[-1] = replace(failures[-1], kind="node", node=record["nodes"][0])
+                # Whatever its workers said was due to that: elsewhere it does not happen again.
+                failures[-1] = replace(failures[-1], kind="node", node=record["nodes"][0], repeats=False)
         return History(tuple(failures), seating)
 
     def within(self, window_s: float) -> History:

@@ -20,6 +20,7 @@ from pathlib import Path
 
 from windlass.dist.env import ProcessEnv, get
 from windlass.dist.errors import CommError, WindlassError
+from windlass.launch import lines
 
 ERROR_FILE = "WINDLASS_ERROR_FILE"
 # torchrun compares whole seconds and dates a killed worker by when it noticed (it looks every 0.1 s).
@@ -70,22 +71,22 @@ def describe_exception(exc: BaseException, rank: int) -> Failure:
 def report_failure(exc: BaseException, env: ProcessEnv) -> int:
     """Tell the launcher why this rank fails and return its exit code.
 
-    With an error file (local launcher, Ray, torchrun) the launcher prints it; otherwise it goes to stderr.
+    With an error file (local launcher, Ray, torchrun) the launcher prints it; otherwise, or where it cannot be written,
+    it goes to stderr.
     """
     failure = describe_exception(exc, env.rank)
     ours, torchrun = get(ERROR_FILE), get("TORCHELASTIC_ERROR_FILE")
-    if ours or torchrun:
-        _write_report(Path(ours or torchrun or ""), failure, delay_s=0 if ours else TORCHRUN_TICK_S)
-        if failure.secondary and not ours:
-            time.sleep(TORCHRUN_TICK_S)  # torchrun stops all at the first exit: let the cause be first
-    else:
+    file = ours or torchrun
+    if not file or not _write_report(Path(file), failure, delay_s=0 if ours else TORCHRUN_TICK_S):
         where = f"[rank {env.rank}] " if env.world_size > 1 else ""
-        print(where + (failure.traceback or f"error: {exc}"), file=sys.stderr, flush=True)
+        lines.say(where + (failure.traceback or f"error: {exc}"))
+    if failure.secondary and torchrun and not ours:
+        time.sleep(TORCHRUN_TICK_S)  # torchrun stops all at the first exit: let the cause be first
     return failure.exit_code
 
 
-def _write_report(path: Path, failure: Failure, *, delay_s: int) -> None:
-    """Write the file that torchrun reads plus our own fields, whole or not at all."""
+def _write_report(path: Path, failure: Failure, *, delay_s: int) -> bool:
+    """Write the file that torchrun reads plus our own fields, whole or not at all; return whether that worked."""
     when = int(failure.when) + (delay_s if failure.secondary else 0)
     stack = failure.traceback or failure.message
     report = {
@@ -93,8 +94,13 @@ def _write_report(path: Path, failure: Failure, *, delay_s: int) -> None:
         "windlass": asdict(failure),
     }
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(report), encoding="utf-8")
-    temporary.replace(path)
+    try:
+        path.parent.mkdir(0o700, parents=True, exist_ok=True)  # days after the start somebody may have tidied up /tmp
+        temporary.write_text(json.dumps(report), encoding="utf-8")
+        temporary.replace(path)
+    except OSError:
+        return False
+    return True
 
 
 def read_failure(path: Path) -> Failure | None:

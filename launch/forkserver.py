@@ -78,8 +78,6 @@ class ForkServer:
         self._socket: socket.socket | None = None
         self._process: subprocess.Popen[bytes] | None = None
         self._exits: dict[int, int] = {}
-        self._running: set[int] = set()
-        self._rest = b""
 
     def warm_up(self) -> None:
         """Start the server now, so that it imports while others work. Returns at once."""
@@ -98,12 +96,6 @@ class ForkServer:
         """Start a worker; arguments and result as of `launch.local.spawn`."""
         self.warm_up()
         assert self._socket is not None
-        ours: list[IO[bytes] | None] = []
-        theirs = [_memory_file(command.payload)]
-        for wish, inherited in ((stdout, 1), (stderr, 2)):
-            mine, other = _stream(wish, inherited)
-            ours.append(mine)
-            theirs.append(other)
         request = {
             "arguments": list(command.arguments),
             "environ": {**env.copy(), "PYTHONPATH": import_path(), **variables},
@@ -114,6 +106,12 @@ class ForkServer:
             raise WorkerError(
                 f"the environment of a worker has {len(data)} bytes, at most {REQUEST_BYTES} can be passed"
             )
+        ours: list[IO[bytes] | None] = []
+        theirs = [_memory_file(command.payload)]
+        for wish, inherited in ((stdout, 1), (stderr, 2)):
+            mine, other = _stream(wish, inherited)
+            ours.append(mine)
+            theirs.append(other)
         try:
             socket.send_fds(self._socket, [data], theirs)
             pid = self._answer()
@@ -126,7 +124,6 @@ class ForkServer:
         finally:
             for fd in theirs:
                 os.close(fd)
-        self._running.add(pid)
         return Forked(self, pid, ours[0], ours[1])
 
     def _start(self) -> None:
@@ -168,7 +165,6 @@ class ForkServer:
 
     def _note(self, message: Mapping[str, int]) -> None:
         self._exits[message["ended"]] = message["code"]
-        self._running.discard(message["ended"])
 
     def exit_code(self, pid: int) -> int | None:
         """Return how a worker ended, None while it runs. Without a server it was killed with it."""
@@ -196,7 +192,6 @@ class ForkServer:
             self._process.kill()
             self._process.wait()
             self._process = None
-        self._running.clear()
 
 
 def _stream(wish: int | None, inherited: int) -> tuple[IO[bytes] | None, int]:
@@ -298,7 +293,8 @@ def _become_worker(control: socket.socket, request: Mapping[str, Any], fds: list
         traceback.print_exc()
     finally:
         for stream in (sys.stdout, sys.stderr):
-            stream.flush()
+            with contextlib.suppress(OSError):  # a full disk must not let this child go on as the server
+                stream.flush()
         os._exit(code)
 
 

@@ -35,24 +35,32 @@ class StepWatch:
 
     def __init__(self, run: Path) -> None:
         self._path = RunFolder(run).metrics
+        self._at = 0
         self.begin()
 
     def begin(self, at: int | None = None) -> int:
         """Look only at what is written from now on, or behind these bytes; return behind how many."""
-        size = self._path.stat().st_size if self._path.exists() else 0
-        self._at = began = size if at is None else at
+        self._at = began = self._size() if at is None else at
         self._step = 0
         return began
 
+    def _size(self) -> int:
+        try:
+            return self._path.stat().st_size
+        except FileNotFoundError:
+            return 0
+        except OSError:  # what is known to be there
+            return self._at
+
     def last(self) -> int:
-        """Return the last step that was finished since `begin`, 0 for none."""
+        """Return the last step that was finished since `begin`, as far as the file could be read; 0 for none."""
         try:
             if self._path.stat().st_size <= self._at:
                 return self._step
             with open(self._path, "rb") as file:
                 file.seek(self._at)
                 text = file.read()
-        except FileNotFoundError:
+        except OSError:
             return self._step
         whole = text[: text.rfind(b"\n") + 1]
         self._at += len(whole)

@@ -19,12 +19,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Protocol, TextIO
 
+import psutil
+
 from windlass.dist import env
+from windlass.launch import lines
 from windlass.launch.failure import ERROR_FILE, Exit, Failure, read_failure
 from windlass.launch.supervisor import StopRequests, conclude, supervise
 
 PR_SET_PDEATHSIG = 1
 REAP_S = 0.05
+KILL_S = 5.0  # the kernel ends a killed process within milliseconds, unless it waits for a device or a file
 
 
 @dataclass(frozen=True)
@@ -169,6 +173,14 @@ def send_to_group(process: WorkerProcess, signum: int) -> None:
         process.send_signal(signum)
 
 
+def does_not_end(pid: int) -> str:
+    """Say of a process that it was killed in vain, and what it waits for as far as the kernel tells."""
+    state = "gone"
+    with contextlib.suppress(psutil.Error):
+        state = psutil.Process(pid).status()
+    return f"process {pid} has been killed and does not end (state: {state})"
+
+
 class LineReader:
     """Cuts the bytes of several pipes into lines as they come."""
 
@@ -262,6 +274,8 @@ class LocalWorkers:
         self._folder = folder
         self._reader = LineReader()
         self._processes: dict[int, WorkerProcess] = {}
+        self._nodes = {me.rank: me.node or "this machine" for me in who}
+        self._killed: dict[int, float] = {}  # by rank: when it was first
         self._left: list[Exit] = []
         self._reaped = 0
         self._explain = explain
@@ -308,19 +322,32 @@ class LocalWorkers:
         return exits
 
     def send(self, ranks: Collection[int], signum: int) -> None:
-        """Send a signal to workers that have not ended."""
+        """Send a signal to workers that have not ended. One that SIGKILL does not end counts as ended after KILL_S."""
         for rank in ranks:
             if rank in self._processes:
                 send_to_group(self._processes[rank], signum)
+                if signum == signal.SIGKILL:
+                    self._leave(rank)
+
+    def _leave(self, rank: int) -> None:
+        """Take a worker for lost that was killed long ago: whatever the kernel waits for may never come."""
+        process, now = self._processes[rank], time.monotonic()
+        if now - self._killed.setdefault(rank, now) < KILL_S or process.poll() is not None:
+            return
+        message = f"{does_not_end(process.pid)} on {self._nodes[rank]}: it is left behind"
+        lines.say(f"windlass: rank {rank}: {message}")
+        # Secondary: what everybody was killed for came before.
+        self.abandon([rank], Failure(rank, time.time(), message, "", 128 + signal.SIGKILL, secondary=True))
 
     def process(self, rank: int) -> WorkerProcess | None:
-        """Return the process of a rank while it runs."""
-        return self._processes.get(rank)
+        """Return the process of a rank while it runs and nobody has killed it."""
+        process = None if rank in self._killed else self._processes.get(rank)
+        return None if process is None or process.poll() is not None else process
 
-    def abandon(self, ranks: Collection[int]) -> list[WorkerProcess]:
+    def abandon(self, ranks: Collection[int], why: Failure | None = None) -> list[WorkerProcess]:
         """Take workers for lost although they live on, as those of a machine that nobody can reach; return them."""
         left = [(rank, self._processes.pop(rank)) for rank in ranks if rank in self._processes]
-        self._left += [Exit(rank, -signal.SIGKILL, time.time(), None, stopped=False) for rank, _ in left]
+        self._left += [Exit(rank, -signal.SIGKILL, time.time(), why, stopped=False) for rank, _ in left]
         return [process for _, process in left]
 
     def close(self) -> None:
@@ -338,11 +365,7 @@ def streams_of(rank: int, all_ranks: bool) -> tuple[int | None, int | None]:
 def prefixed(rank: int, target: TextIO) -> Callable[[str], None]:
     """Return a writer of lines that carry the rank. A line and its end go out as one write: rank 0 writes there too."""
 
-    def put(line: str) -> None:
-        target.write(f"[rank {rank}] {line}\n")
-        target.flush()
-
-    return put
+    return lambda line: lines.say(f"[rank {rank}] {line}", target)
 
 
 def launch_local(command: WorkerCommand, config: LaunchConfig) -> int:

@@ -5,18 +5,18 @@ Must not know: when workers are started again, what they compute.
 
 from __future__ import annotations
 
-import os
 import signal
-import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, final
 
 from windlass.dist.env import ProcessEnv
 from windlass.dist.errors import CheckpointError, ConfigError
+from windlass.launch import lines
 from windlass.launch.drill import BY_RANK, ONLY_RAY
 from windlass.launch.failure import Failure
 from windlass.launch.fleet import Node, Seating
@@ -48,7 +48,7 @@ class LocalFleet:
         self._command, self._config = command, config
         self._local_dir = Path(local_dir) if local_dir else None
         self._start_process = start_process
-        self._folder = tempfile.TemporaryDirectory(prefix="windlass-")
+        self._folders = ExitStack()
         self._zombies: list[WorkerProcess] = []
         self._workers: LocalWorkers | None = None
         self._seating = Seating(())
@@ -72,12 +72,13 @@ class LocalFleet:
                 except CheckpointError as error:
                     if len(self._machines) == 1:
                         raise
-                    print(f"windlass: {error}", file=sys.stderr, flush=True)
+                    lines.say(f"windlass: {error}")
                     self._lost(machine)
 
     def start(self, generation: int, seating: Seating, variables: Mapping[str, str]) -> LocalWorkers:
-        folder = Path(self._folder.name) / str(generation)
-        folder.mkdir()
+        # One for each start: whoever tidies up /tmp removes what has lain there for days.
+        made = tempfile.TemporaryDirectory(prefix="windlass-", ignore_cleanup_errors=True)
+        folder = Path(self._folders.enter_context(made))
         who = []
         for rank, name in enumerate(seating.nodes):
             local_rank, local_world_size, node_rank = seating.place(rank)
@@ -133,7 +134,7 @@ class LocalFleet:
                 machine.memory.release(ok)
                 if ok:
                     machine.memory.release_others()
-        self._folder.cleanup()
+        self._folders.close()
 
     def strike(self, kind: str, target: str) -> str:
         if kind in ONLY_RAY:
@@ -141,9 +142,7 @@ class LocalFleet:
                 f"--kill {kind}={target}: without Ray the launcher is the {kind}, and the run ends with it"
             )
         if kind in BY_RANK:
-            process = self._process(kind, int(target))
-            os.kill(process.pid, signal.SIGKILL if kind == "rank" else signal.SIGSTOP)
-            return f"rank {target} (process {process.pid}) {'killed' if kind == 'rank' else 'stopped'}"
+            return self._strike_rank(kind, int(target))
         machine = self._machine(kind, target)
         name, memory = machine.node.name, machine.memory
         if kind == "smp":
@@ -166,11 +165,12 @@ class LocalFleet:
             memory.lose(self._local_dir)
         return f"{name} lost: ranks {', '.join(map(str, ranks)) or 'none'}, its memory and its local folders"
 
-    def _process(self, kind: str, rank: int) -> WorkerProcess:
+    def _strike_rank(self, kind: str, rank: int) -> str:
         process = None if self._workers is None else self._workers.process(rank)
-        if process is None:
+        if self._workers is None or process is None:
             raise ConfigError(f"--kill {kind}={rank}: no such worker is running")
-        return process
+        self._workers.send([rank], signal.SIGKILL if kind == "rank" else signal.SIGSTOP)
+        return f"rank {rank} (process {process.pid}) {'killed' if kind == 'rank' else 'stopped'}"
 
     def _machine(self, kind: str, name: str) -> _Machine:
         machine = self._machines.get(name)

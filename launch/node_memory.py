@@ -9,6 +9,7 @@ import contextlib
 import json
 import signal
 import threading
+import time
 from pathlib import Path
 from queue import SimpleQueue
 from typing import final
@@ -17,7 +18,7 @@ from windlass.checkpoint.local_level import list_local_levels, remove_local_leve
 from windlass.checkpoint.memory import pids
 from windlass.checkpoint.memory.client import SnapshotClient
 from windlass.checkpoint.memory.fencing import fence
-from windlass.checkpoint.memory.folder import NodeFolder, list_jobs
+from windlass.checkpoint.memory.folder import KEEP_S, NodeFolder, list_jobs
 from windlass.checkpoint.memory.heartbeat import is_alive, read_heartbeat
 from windlass.checkpoint.memory.settings import Settings
 from windlass.checkpoint.memory.supervise import Supervisor, ensure_snapshot_process
@@ -47,7 +48,7 @@ def stop_process(folder: NodeFolder) -> int:
     return served.pid
 
 
-def _remove(folder: NodeFolder) -> None:
+def remove(folder: NodeFolder) -> None:
     """Remove all that a node has of a run that is complete."""
     stop_process(folder)
     with contextlib.suppress(OSError, CheckpointError):  # what stays on the drive is ignored by another run
@@ -117,7 +118,12 @@ class NodeMemory:
     def _keep_served(self) -> None:
         """Replace the process whenever it died or hangs, so that nobody who asks for news waits for that."""
         keeper = Keeper(self._supervisor)
+        kept = -KEEP_S
         while not self._left.wait(LOOK_S):
+            if time.monotonic() - kept >= KEEP_S:
+                kept = time.monotonic()
+                with contextlib.suppress(OSError):  # the folder is gone, or memory is full: the process lives on
+                    self.folder.keep()
             if news := keeper.look():
                 self._news.put(news)
 
@@ -161,7 +167,7 @@ class NodeMemory:
         if ok:
             with contextlib.suppress(CheckpointError):
                 self._local_dir = Settings.read_from(self.folder).local_dir
-            _remove(self.folder)
+            remove(self.folder)
         else:
             stop_process(self.folder)
             self.folder.remove()
@@ -173,7 +179,7 @@ class NodeMemory:
         base, job = self.folder.base, self.folder.job
         for folder in list_jobs(base):
             if folder.job == job:
-                _remove(folder)
+                remove(folder)
         if self._local_dir:
             self._clear_drive(self._local_dir)
 

@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from windlass.checkpoint.agree import Peers, on_all_ranks
+from windlass.checkpoint.memory.base import Base
 from windlass.checkpoint.memory.generators import set_rng_state
-from windlass.checkpoint.memory.inventory import STORAGE, Saved, choose
+from windlass.checkpoint.memory.inventory import LOCAL, STORAGE, Saved, choose, void
 from windlass.checkpoint.reader import read_manifest
 from windlass.checkpoint.storage import Place, storage_of
 from windlass.checkpoint.store import begin_generation as fence_storage
@@ -40,6 +41,7 @@ class Origin:
     passed_over: list[str] = field(default_factory=list)
     after: Callable[[], Origin] | None = None  # what comes next where memory proves damaged
     own: bool = True  # this run has made it; else the user has named it
+    base_at: Callable[[int], Base] = Base  # says of the step at which the run stands what is durable there
 
     @property
     def found(self) -> bool:
@@ -104,13 +106,11 @@ class _Search:
     def __init__(self, config: JobConfig, world: Peers, snapshots: Snapshots | None, start: Start) -> None:
         self.config, self.world, self.snapshots, self.start = config, world, snapshots, start
         self.root, self.wish = checkpoints_of(config), config.checkpoint.resume
-        self.left = dict(start.left)
-        if self.wish != "auto" and start.since > 1:  # only what this launch has made counts
-            self.left[start.since - 1] = -1
         self.saved: list[Saved] = []
         self.damaged: list[str] = []  # checkpoints that cannot be used, and why
         self.notes: list[str] = []  # other newer steps that cannot, and why
         self.checked: set[str] = set()
+        self.memory: Found | None = None
 
     def run(self) -> Origin:
         """Search as the user asked for, and after a restart first among what this launch has made."""
@@ -150,15 +150,16 @@ class _Search:
                 self.snapshots.folder,
                 speaks=self.snapshots.speaks,
                 saved=self.saved,
-                left=self.left,
+                left=self.start.past,
                 local_dir=Path(config.checkpoint.local_dir) if config.checkpoint.local_dir else None,
                 timeout_s=config.snapshot.peer_timeout_s,
             )
             if memory is None:
                 break
+            self.memory = memory
             if memory.choice.tier != STORAGE:
                 notes = [*self.damaged, *memory.passed_over]
-                return Origin(None, memory, memory.step, notes, after=self.from_storage)
+                return Origin(None, memory, memory.step, notes, self.from_storage, base_at=self._base_at)
             self._note(memory.passed_over)
             if memory.choice.step < 0 or self._whole(memory.choice.place):
                 break
@@ -167,7 +168,7 @@ class _Search:
     def from_storage(self) -> Origin:
         """Return the newest checkpoint that is whole. Collective: every rank of the world"""
         while True:
-            best, passed_over = choose((), {}, self.saved, left=self.left)
+            best, passed_over = choose((), {}, self.saved, left=self.start.past)
             if best is None:
                 self._note(passed_over)
                 if self.damaged and self.wish == "auto":
@@ -177,7 +178,15 @@ class _Search:
                     )
                 return Origin(passed_over=[*self.damaged, *self.notes])
             if self._whole(best.place):
-                return Origin(best.place, None, best.step, [*self.damaged, *self.notes])
+                return Origin(best.place, None, best.step, [*self.damaged, *self.notes], base_at=self._base_at)
+
+    def _base_at(self, step: int) -> Base:
+        """Say what the history that goes on has that is durable, now that the run stands at a step."""
+        saved = [s for s in self.saved if s.step <= step]
+        found = {STORAGE: choose((), {}, saved, left=self.start.past)[0]}
+        if self.memory is not None:
+            found[LOCAL] = self.memory.on_drives(step)
+        return Base(step, {level: choice.step for level, choice in found.items() if choice is not None})
 
     def _note(self, texts: Sequence[str]) -> None:
         self.notes += [text for text in texts if text not in self.notes]
@@ -213,7 +222,7 @@ class _Search:
 
         saved = []
         for step, place, generation, problem, hidden in on_all_ranks(self.world, look).check()[0]:
-            if self.wish != "auto" and generation < start.since:
+            if generation < start.since:
                 continue
             if not problem and not hidden:
                 saved.append(Saved(step, place, generation))
@@ -228,14 +237,13 @@ class _Search:
 
         Raises: ConfigError if the run would overwrite newer ones
         """
-
-        restarted = self.start.restarted
+        # What a rollback of this launch has left nobody goes on from: it may be overwritten.
+        left = self.start.left if self.start.restarted else {}
 
         def look() -> dict[str, Any]:
             if self.world.rank != 0:
                 return {}
-            # What a rollback of this launch has left nobody goes on from: it may be overwritten.
-            kept = [i for i in list_checkpoints(self.root) if not restarted or self.start.admits(i.generation, i.step)]
+            kept = [i for i in list_checkpoints(self.root) if not void(i.generation, i.step, left)]
             own = [info.step for info in kept]
             if self.wish == "never":
                 return {"folder": "", "step": -1, "own": own}
@@ -249,4 +257,12 @@ class _Search:
                 f"checkpoint.resume = '{self.wish}': '{self.root}' has a checkpoint of step {max(newer)}, which would "
                 "be overwritten. Use checkpoint.resume=auto to go on from it, or give another train.run_dir."
             )
-        return Origin(found["folder"] or None, None, found["step"], [*self.damaged], own=False)
+        durable = {STORAGE: found["step"]} if found["folder"] else {}
+        return Origin(
+            found["folder"] or None,
+            None,
+            found["step"],
+            [*self.damaged],
+            own=False,
+            base_at=lambda step: Base(step, durable),
+        )

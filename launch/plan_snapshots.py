@@ -8,13 +8,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from windlass.checkpoint.memory.groups import AUTO_GROUP, memory_factor, num_parity
+from windlass.checkpoint.memory.groups import Groups, cross_units, memory_factor, num_parity, plan_groups
 from windlass.dist.cluster import ClusterConfig
+from windlass.dist.mesh import Mesh, plan_mesh
 from windlass.launch.check_recovery import needs_process
-from windlass.launch.plan import Plan
 
 if TYPE_CHECKING:
     from windlass.launch.job import JobConfig
+    from windlass.launch.plan import Plan
 
 PROCESS_BYTES = 64 << 20  # the snapshot process itself
 
@@ -24,7 +25,7 @@ class SnapshotSummary:
     """Snapshots of one node.
 
     Units:  bytes; `copied` and `exchanged` per snapshot and rank; `group` nodes protect each other, `survives` of them
-            may go
+            may go: those of the smallest group where groups differ, while bytes are those of the node that takes most
     """
 
     slots: int
@@ -51,21 +52,49 @@ def plan_snapshots(config: JobConfig, plan: Plan, cluster: ClusterConfig) -> Sna
     replicas = plan.mesh["dp_replicate"] if config.zero.stage > 0 else 1
     rank_bytes = -(-max(by_rank) // replicas)
     nodes = config.launch.nodes or cluster.nodes or 1
-    per_node = max(1, plan.world_size // nodes)
-    wanted = snapshot.parity + 1 if snapshot.redundancy == "replica" else snapshot.group or min(AUTO_GROUP, nodes)
-    group = max(1, min(wanted, nodes)) if snapshot.redundancy != "none" else 1
-    survives = num_parity(snapshot.redundancy, snapshot.parity, group)
-    factor = memory_factor(snapshot.redundancy, snapshot.parity, group)
-    local = survives == 1 and (config.zero.stage == 0 or replicas >= group)
-    parity_bytes = round(rank_bytes * (factor - 1))
+    groups, local = planned_groups(config, plan_mesh(config.parallelism, plan.world_size), nodes)
+    sizes = {len(group) for group in groups}
+    lost = {size: num_parity(snapshot.redundancy, snapshot.parity, size) for size in sizes}
+    factor = max(memory_factor(snapshot.redundancy, snapshot.parity, size) for size in sizes)
+    per_node = ranks_per_node(plan.world_size, nodes)
     return SnapshotSummary(
         slots=snapshot.slots,
         rank_bytes=rank_bytes,
         ranks_per_node=per_node,
-        group=group,
-        survives=survives,
+        group=min(sizes),
+        survives=lost[min(sizes)],
         node_bytes=round(per_node * snapshot.slots * rank_bytes * factor) + PROCESS_BYTES,
-        copied=rank_bytes + (parity_bytes if local else 0),
-        exchanged=0 if local else parity_bytes * (group - survives if group > 1 else 0),
+        copied=rank_bytes + (round(rank_bytes * (factor - 1)) if local else 0),
+        exchanged=0 if local else rank_bytes * max(lost.values()),
         host_bytes=cluster.host_bytes,
     )
+
+
+def ranks_per_node(world_size: int, nodes: int) -> int:
+    """Return how many ranks the fullest of so many nodes has."""
+    return -(-world_size // nodes)
+
+
+def planned_groups(config: JobConfig, mesh: Mesh, nodes: int) -> tuple[Groups, bool]:
+    """Return which ranks will protect each other on so many nodes, each a failure domain, and whether replicas compute
+    their parity from their own state: as `Snapshots.protect` does it once the ranks have met.
+
+    Raises:      PlanError if a group cannot be as large as asked for
+    """
+    snapshot, ranks = config.snapshot, range(mesh.world_size)
+    names = [f"node-{rank // ranks_per_node(mesh.world_size, nodes)}" for rank in ranks]
+    # At stage 0 every data-parallel rank holds the same state, as the engine sees it too.
+    axes = ("dp_replicate", "dp_shard") if config.zero.stage == 0 else ("dp_replicate",)
+    firsts = [rank for rank in ranks if not any(mesh.coords(rank)[axis] for axis in axes)]
+    replicas = [mesh.ranks_along(axes, rank) for rank in firsts]
+    local = snapshot.redundancy == "xor" and cross_units(replicas, names, {})
+    groups = plan_groups(
+        names,
+        {},
+        snapshot.redundancy,
+        snapshot.group,
+        snapshot.parity,
+        within=replicas if local else None,
+        degraded=mesh.world_size < config.launch.workers,
+    )
+    return groups, local

@@ -11,19 +11,30 @@ class RecoveryConfig:
 
     max_restarts: int = field(
         default=0,
-        metadata={"help": "how often workers are started again after a failure (0: the run ends with it)", "ge": 0},
+        metadata={
+            "help": "how often workers are started again after a failure (0: the run ends with it); torchrun and Slurm "
+            "start theirs themselves, whatever this and the other keys for it say",
+            "ge": 0,
+        },
     )
     min_workers: int = field(
         default=0,
         metadata={"help": "go on with as few workers as this when nodes are lost (0: never with fewer)", "ge": 0},
     )
     replace_s: float = field(
-        default=30.0, metadata={"help": "how long to wait for another node before shrinking", "unit": "s", "ge": 0}
+        default=30.0,
+        metadata={
+            "help": "with Ray: how long to wait for another node before shrinking (a node of one machine never comes "
+            "back)",
+            "unit": "s",
+            "ge": 0,
+        },
     )
     grow_s: float = field(
         default=0.0,
         metadata={
-            "help": "how often a run on fewer workers looks for nodes to grow again (0: only after a failure)",
+            "help": "with Ray: how often a run on fewer workers looks for nodes to grow again (0: only after a "
+            "failure)",
             "unit": "s",
             "ge": 0,
         },
@@ -42,7 +53,11 @@ class RecoveryConfig:
     )
     grace_s: float = field(
         default=30.0,
-        metadata={"help": "from SIGTERM to the end: what is not durable by then is dropped", "unit": "s", "gt": 0},
+        metadata={
+            "help": "with a controller or snapshots, from SIGTERM to the end: what is not durable by then is dropped",
+            "unit": "s",
+            "gt": 0,
+        },
     )
     crash_loops: int = field(
         default=2,

@@ -17,7 +17,7 @@ from typing import Any
 from windlass.checkpoint.agree import Peers, on_all_ranks
 from windlass.checkpoint.memory.client import SnapshotClient
 from windlass.checkpoint.memory.folder import NodeFolder
-from windlass.checkpoint.memory.inventory import STORAGE, Choice, Held, Saved, anchor, choose
+from windlass.checkpoint.memory.inventory import LOCAL, STORAGE, Choice, Held, Saved, anchor, choose
 from windlass.checkpoint.memory.layout import Layout
 from windlass.checkpoint.memory.membership import Membership
 from windlass.checkpoint.memory.peers import kept_moves
@@ -77,6 +77,11 @@ class Found:
     def anchor(self) -> tuple[int, int] | None:
         """Generation and step of the snapshot that is kept beside the chosen one until a newer one is protected."""
         return anchor(self._heard.holdings, self.choice)
+
+    def on_drives(self, at_most: int) -> Choice | None:
+        """Return the newest step at or before one that local drives alone would give back."""
+        held = [h for h in self._heard.holdings if h.tier == LOCAL and h.step <= at_most]
+        return choose(held, self._heard.worlds, left=self._left)[0]
 
     def _choose(self) -> Choice:
         choice, passed_over = choose(self._heard.holdings, self._heard.worlds, self._saved, left=self._left)

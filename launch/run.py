@@ -149,8 +149,7 @@ class Run:
         """
         extra, keep = self.facts(step, tokens), self.config.checkpoint.keep
         if self.snapshots is not None and self.config.checkpoint.mode != "sync":
-            # The watchdog's patience for saving ends with start_s.
-            return self.snapshots.persist(step, extra, deadline_s=0.9 * self.config.recovery.start_s)
+            return self.snapshots.persist(step, extra)
         return save(self.folder.checkpoints, step, self.engine, extra, self.world, keep=keep, tracer=self.tracer)
 
     def ended(
@@ -222,9 +221,12 @@ def run_worker(config: JobConfig, env: ProcessEnv | None = None) -> int:
     """
     env = env if env is not None else read_process_env()
 
+    # Asked now: once this start is counted, it would look like one before it.
+    holds = needs_process(config.snapshot.every, config.checkpoint.mode) and is_restart(config, env)
+
     def leave(signum: int) -> None:
         """End this process, asked to stop before it has trained, unless memory holds what it should save first."""
-        if not (needs_process(config.snapshot.every, config.checkpoint.mode) and is_restart(config, env)):
+        if not holds:
             os._exit(0 if signum == signal.SIGTERM else 128 + signum)
 
     with StopSignals(announce=False, at_once=leave) as signals:
@@ -303,7 +305,7 @@ def build_run(config: JobConfig, env: ProcessEnv) -> Run:
                 timeline = begin_timeline(folder, comm.world)
             elif on_drives is not None:
                 check_order(on_drives.extra, inputs.identity, "state on nvme")
-                origin = Origin()
+                origin = Origin(base_at=origin.base_at)
         with clock.phase("engine"):
             engine = Engine(
                 model,
@@ -366,7 +368,10 @@ def _protect(run: Run, origin: Origin) -> None:
     snapshots = run.snapshots
     if snapshots is None:
         return
-    unprotected = snapshots.protect(run.engine, run.device, run.tracer, restored=origin.in_memory, anchor=origin.anchor)
+    base = origin.base_at(run.progress.step)
+    unprotected = snapshots.protect(
+        run.engine, run.device, run.tracer, restored=origin.in_memory, anchor=origin.anchor, base=base
+    )
     run.engine.gate = snapshots.gate
     if run.progress.folder:
         snapshots.seed(run.progress.step, run.facts(run.progress.step, run.progress.tokens))

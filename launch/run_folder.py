@@ -8,6 +8,9 @@
       tensorboard/         the same numbers as scalars
       checkpoints/         step-00000100/ ...
       traces/              Chrome traces of the profiler window
+      history.md           failures and recoveries, for people; history.jsonl: the same for programs
+      stacks/              where every thread of a rank was when the run hung
+      timeline             names the succession of starts whose state the drives hold
       control/             what a launcher notes and needs (control_log.py); workers: held by all of its workers
       lock                 held by the process of rank 0, or by the launcher that starts it again, while it runs
 
@@ -97,7 +100,7 @@ class RunFolder:
 
     def write_config(self, text: str) -> None:
         """Write config.yaml; a different earlier one is kept under the next free number."""
-        if self.config.exists() and self.config.read_text() != text:
+        if self.config.exists() and self.config.read_bytes() != _encoded(text):
             number = next(n for n in range(1, 10**9) if not (self.root / f"config-{n}.yaml").exists())
             self.config.rename(self.root / f"config-{number}.yaml")
         write_atomically(self.config, text)
@@ -113,12 +116,17 @@ def write_atomically(path: Path, text: str) -> None:
     """
     draft = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        draft.write_text(text)
+        draft.write_bytes(_encoded(text))
         draft.replace(path)
     except OSError:
         with contextlib.suppress(OSError):
             draft.unlink()
         raise
+
+
+def _encoded(text: str) -> bytes:
+    """Return text as it is written here: what a worker said may hold a file name that is no text."""
+    return text.encode("utf-8", "backslashreplace")
 
 
 def recorded_timelines(folder: RunFolder) -> list[Path]:

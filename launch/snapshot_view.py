@@ -5,10 +5,11 @@ Must not know: torch, configurations.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from operator import itemgetter
 from typing import Any
 
 from windlass.checkpoint.manifest import readable_bytes
@@ -17,6 +18,7 @@ from windlass.checkpoint.memory.folder import NodeFolder
 from windlass.checkpoint.memory.header import SlotHeader, State
 from windlass.checkpoint.memory.heartbeat import is_alive, read_heartbeat
 from windlass.checkpoint.memory.membership import Member, Membership
+from windlass.checkpoint.memory.peers import Moves, kept_moves
 from windlass.checkpoint.memory.segment import Segment, Slot, verify
 from windlass.dist.errors import CheckpointError
 
@@ -104,11 +106,19 @@ def ask_others(folders: Sequence[NodeFolder]) -> list[tuple[str, list[SlotRow]]]
     here = {folder.node for folder in folders}
     worlds = [world for folder in folders if (world := _newest_membership(folder)) is not None]
     newest = max(worlds, key=lambda world: world.generation, default=None)
-    away = {} if newest is None else {m.node: m for m in newest.members if m.node not in here}
-    if not away:
+    if newest is None or not (away := {m.node: m for m in newest.members if m.node not in here}):
         return []
     with ThreadPoolExecutor(min(len(away), 32), "snapshot-ls") as pool:
-        return list(pool.map(lambda member: _asked(member, folders[0]), away.values()))
+        return list(pool.map(lambda member: _asked(member, folders[0]), _where_now(away, folders, newest)))
+
+
+def _where_now(members: Mapping[str, Member], folders: Sequence[NodeFolder], membership: Membership) -> list[Member]:
+    """Return the members at the addresses to which their processes have moved, as far as a folder here knows."""
+    moves: Moves = {}
+    for folder in folders:
+        for node, at in kept_moves(folder, membership).items():
+            moves[node] = max(at, moves.get(node, at), key=itemgetter(2))
+    return [replace(m, host=moves[n][0], port=moves[n][1]) if n in moves else m for n, m in members.items()]
 
 
 def _newest_membership(folder: NodeFolder) -> Membership | None:

@@ -5,21 +5,20 @@ The snapshot process of the node does everything else. Must not know: segments, 
 
 from __future__ import annotations
 
-import contextlib
 import faulthandler
 import signal
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from windlass.checkpoint.agree import Peers, on_all_ranks
-from windlass.checkpoint.local_level import remove_local_level
+from windlass.checkpoint.memory.base import Base
 from windlass.checkpoint.memory.capture import Capturer, LocalParity, Source
 from windlass.checkpoint.memory.client import SnapshotClient
-from windlass.checkpoint.memory.folder import SPARE_BYTES, NodeFolder
+from windlass.checkpoint.memory.folder import NodeFolder
 from windlass.checkpoint.memory.generators import freeze_rng
 from windlass.checkpoint.memory.groups import cross_units, num_parity, plan_groups, weaknesses
 from windlass.checkpoint.memory.heartbeat import Heartbeat, Phase
@@ -36,8 +35,7 @@ from windlass.dist.trace import Tracer
 from windlass.launch.control_log import ControlLog, job_of, job_token
 from windlass.launch.failure import format_ranks
 from windlass.launch.generation import node_of
-from windlass.launch.node_memory import forget_another_run
-from windlass.launch.report import size
+from windlass.launch.node_memory import forget_another_run, remove
 from windlass.launch.snapshot_watch import SnapshotWatch
 
 if TYPE_CHECKING:
@@ -137,11 +135,12 @@ class Snapshots:
         *,
         restored: tuple[int, int] | None,
         anchor: tuple[int, int] | None,
+        base: Base,
     ) -> list[str]:
         """Take room for snapshots and tell the snapshot processes who protects whom; return what is not protected.
 
         `restored`: generation and step that this one goes on from, `anchor`: the newest that is protected; both stay
-        until a newer one is protected.
+        until a newer one is protected. `base`: where the run stands, and what is durable there.
 
         Collective:  every rank of the world
         Raises:      PlanError for groups, and if memory does not suffice, with the bytes needed
@@ -189,7 +188,7 @@ class Snapshots:
             local_parity=local,
             chunk_bytes=snapshot.chunk_bytes,
         )
-        on_all_ranks(world, lambda: self.client.adopt(membership, restored, self._settings(), anchor=anchor)).check()
+        on_all_ranks(world, lambda: self.client.adopt(membership, restored, self._settings(), anchor, base)).check()
         self._watch.problems += self.capturer.warnings
         return weaknesses(groups, nodes, domains, snapshot.redundancy, snapshot.parity)
 
@@ -208,7 +207,8 @@ class Snapshots:
         mine = [rank for rank, node in enumerate(self.seats.nodes) if node == self.node]
 
         def look() -> str:
-            return shortage(self.folder, sum(wanted[r] for r in mine), mine, snapshot.slots) if self.speaks else ""
+            what = f"{snapshot.slots} snapshots of {format_ranks(mine)}"
+            return self.folder.shortage(sum(wanted[r] for r in mine), what, snapshot.slots) if self.speaks else ""
 
         if problems := [problem for problem in on_all_ranks(world, look).check() if problem]:
             raise PlanError("; ".join(problems))
@@ -296,14 +296,15 @@ class Snapshots:
             except CheckpointError as error:
                 self._watch.problems.append(str(error))
 
-    def persist(self, step: int, facts: Mapping[str, Any], *, deadline_s: float) -> SaveReport:
-        """Make a step durable in storage and wait for it.
+    def persist(self, step: int, facts: Mapping[str, Any]) -> SaveReport:
+        """Make a step durable in storage and wait for it: at most as long as a watchdog has patience with saving, and
+        the other ranks with the one that asks.
 
         Collective:  every rank of the world
-        Blocks:      host, at most `deadline_s` and a little
+        Blocks:      host, at most 0.9 of the smaller of recovery.start_s and parallelism.timeout_s, and a little
         """
         began = time.monotonic()
-        until = began + deadline_s
+        until = began + 0.9 * min(self._config.recovery.start_s, self._config.parallelism.timeout_s)
         self.capturer.gate()
         if self.capturer.newest != step:
             while not self.capturer.ready() and time.monotonic() < until:
@@ -340,9 +341,7 @@ class Snapshots:
             try:
                 self.client.stop(remove=True)
             except CheckpointError:  # it is not there, and the next one would keep the folder for its lease
-                with contextlib.suppress(OSError, CheckpointError):  # what stays there is ignored by another run
-                    remove_local_level(self.folder)
-                self.folder.remove()
+                remove(self.folder)
 
     def problems(self) -> list[str]:
         """Return what went wrong beside training since the last call, each once."""
@@ -372,18 +371,3 @@ class Snapshots:
         self._stacks.close()
         if not Path(self._stacks.name).stat().st_size:
             Path(self._stacks.name).unlink()
-
-
-def shortage(folder: NodeFolder, num_bytes: int, ranks: Sequence[int], slots: int) -> str:
-    """Say that the ranks of a node cannot have so many more bytes, and what would work; empty if they can."""
-    free = max(folder.room() - SPARE_BYTES, 0)
-    if num_bytes <= free:
-        return ""
-    held = sum(segment.path.stat().st_size for segment in folder.segments())
-    fewer = "snapshot.slots=2, " if slots > 2 else ""
-    return (
-        f"snapshot.folder = '{folder.base}' on {folder.node}: {slots} snapshots of {format_ranks(ranks)} need "
-        f"{size(num_bytes)}, {size(free)} can be had (segments of this job hold {size(held)}). Give it "
-        f"{size(num_bytes - free)} more (a larger tmpfs or memory limit), use more ranks per replica, {fewer}or "
-        "snapshot.every=0 for none"
-    )

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 import signal
-import sys
 import time
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
@@ -18,6 +17,7 @@ from dataclasses import replace
 from types import FrameType
 from typing import Protocol
 
+from windlass.launch import lines
 from windlass.launch.failure import Exit, format_failures, order_failures
 
 REPORT_S = 2.0  # a lost peer is noticed within milliseconds, so every worker that can report has done so by then
@@ -33,7 +33,7 @@ class WorkerGroup(Protocol):
         """Pass on output and return the workers that ended since the last call, waiting at most `timeout_s`."""
 
     def send(self, ranks: Collection[int], signum: int) -> None:
-        """Send a signal to workers that have not ended."""
+        """Send a signal to workers that have not ended. One that SIGKILL does not end counts as ended after a while."""
 
 
 class StopCount(Protocol):
@@ -148,9 +148,9 @@ def conclude(exits: list[Exit], stop: StopCount) -> int:
     failures = order_failures(exits)
     cut_short = [ended for ended in exits if ended.stopped and ended.code != 0]
     if stop.count and cut_short and all(failure.secondary for failure in failures):
-        print("windlass: stopped on request before every worker could save", file=sys.stderr, flush=True)
+        lines.say("windlass: stopped on request before every worker could save")
         return 128 + signal.SIGTERM
     if not failures:
         return 0
-    print(format_failures(exits), file=sys.stderr, flush=True)
+    lines.say(format_failures(exits))
     return failures[0].exit_code

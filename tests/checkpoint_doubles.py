@@ -66,7 +66,7 @@ class _Meeting:
     told: dict[int, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.barrier = threading.Barrier(self.size, timeout=30)
+        self.barrier = threading.Barrier(self.size, timeout=60)
 
 
 class ThreadGroup:

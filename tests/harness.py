@@ -32,7 +32,11 @@ from types import ModuleType
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-GRACE_S = 15.0  # after one rank failed, the others get this long to notice
+WORLD_S = 150.0  # pytest's own patience is longer
+COMM_S = 60.0
+GRACE_S = 60.0  # after one rank failed, the others get this long to notice
+STACKS_S = 30.0  # only a rank that is stopped takes so long
+LOOK_S = 0.02  # between looks for the file that ends a world
 
 
 class WorldError(AssertionError):
@@ -62,17 +66,18 @@ class Request:
     with_env: bool
     comm_timeout_s: float
     env: dict[str, str] = field(default_factory=dict)
+    ends: str = ""
 
 
 def run_world(
     num_ranks: int,
     fn: Callable[..., Any],
     *args: Any,
-    timeout_s: float = 60.0,
+    timeout_s: float = WORLD_S,
     transport: str = "auto",
     env: dict[str, str] | None = None,
     with_env: bool = False,
-    comm_timeout_s: float = 30.0,
+    comm_timeout_s: float = COMM_S,
 ) -> list[Any]:
     """Call `fn(comm, *args)` on every rank of a fresh world and return the results by rank.
 
@@ -104,13 +109,17 @@ def outcomes(
     num_ranks: int,
     fn: Callable[..., Any],
     *args: Any,
-    timeout_s: float = 60.0,
+    timeout_s: float = WORLD_S,
     transport: str = "auto",
     env: dict[str, str] | None = None,
     with_env: bool = False,
-    comm_timeout_s: float = 30.0,
+    comm_timeout_s: float = COMM_S,
+    ends: Path | None = None,
 ) -> list[Outcome]:
-    """Like `run_world`, but return what became of every rank, errors included."""
+    """Like `run_world`, but return what became of every rank, errors included.
+
+    `ends`: a file at whose appearance the deadline has come, whatever the clock says.
+    """
     file = inspect.getsourcefile(fn)
     assert file is not None and "." not in fn.__qualname__, f"{fn.__qualname__} must be at the top of a test file"
     request = Request(
@@ -124,6 +133,7 @@ def outcomes(
         with_env,
         comm_timeout_s,
         dict(env or {}),
+        str(ends or ""),
     )
     return _server().ask(request)
 
@@ -230,7 +240,10 @@ def _wait(request: Request, pids: dict[int, int], folder: Path) -> dict[int, tup
         for rank, pid in pids.items():
             selector.register(os.pidfd_open(pid), selectors.EVENT_READ, rank)
         while selector.get_map():
-            ready = selector.select(max(deadline - time.monotonic(), 0.0))
+            if request.ends and os.path.exists(request.ends):
+                deadline = min(deadline, time.monotonic())
+            left = max(deadline - time.monotonic(), 0.0)
+            ready = selector.select(min(left, LOOK_S) if request.ends else left)
             for key, _ in ready:
                 rank = key.data
                 code = os.waitstatus_to_exitcode(os.waitpid(pids[rank], 0)[1])
@@ -240,7 +253,7 @@ def _wait(request: Request, pids: dict[int, int], folder: Path) -> dict[int, tup
                 os.close(key.fd)
                 if code != 0:
                     deadline = min(deadline, time.monotonic() + GRACE_S)
-            if not ready:
+            if not ready and time.monotonic() >= deadline:
                 late = list(selector.get_map().values())
                 _take_stacks([pids[key.data] for key in late], [key.fd for key in late])
                 for key in late:
@@ -256,7 +269,7 @@ def _take_stacks(pids: list[int], pidfds: list[int]) -> None:
     """Have every rank write its stacks, which ends it: only an ended rank has surely written all of them."""
     for pid in pids:
         os.kill(pid, signal.SIGUSR1)
-    end = time.monotonic() + 5.0  # a rank that is stopped never writes
+    end = time.monotonic() + STACKS_S
     with selectors.DefaultSelector() as selector:
         for pidfd in pidfds:
             selector.register(pidfd, selectors.EVENT_READ)

@@ -12,7 +12,7 @@ import torch
 
 from tests.checkpoint_doubles import FlatSource
 from windlass.checkpoint.memory.copies import Peer, Reach
-from windlass.checkpoint.memory.encode import encode_parity
+from windlass.checkpoint.memory.encode import encode_parity, group_facts
 from windlass.checkpoint.memory.folder import NodeFolder
 from windlass.checkpoint.memory.header import OWN_PARITY, SlotHeader, State
 from windlass.checkpoint.memory.inventory import Held
@@ -96,7 +96,7 @@ class HeldNodes:
                 parity = np.zeros(stripes.parity_bytes, np.uint8)
                 encode_parity(stripes, rank, fetch, parity)
                 hashes = {OWN_PARITY: hash_chunks(parity, len(parity), CHUNK), **{m: tables[m] for m in stripes.ranks}}
-                wards = {"members": {str(member): facts[member] for member in stripes.wards(rank)}}
+                wards = group_facts({member: facts[member] for member in stripes.wards(rank)})
                 self._write("parity", rank, step, parity, hashes, wards, slot)
 
     def _write(self, role: str, rank: int, step: int, body: np.ndarray, hashes: Any, facts: Any, slot: int) -> None:

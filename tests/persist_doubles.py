@@ -72,7 +72,7 @@ class Nodes:
         for node in self.membership.nodes:
             folder = self.folders[node] = NodeFolder(self.root / "shm", JOB, node).create()
             options = {"storage": self.storage, "mode": "lazy", **self.options}
-            self.persisters[node] = Persister(folder, node, JOB, Settings(**options), self.log.append)
+            self.persisters[node] = Persister(folder, node, Settings(**options), self.log.append)
         for member, (layout, data) in zip(members, held, strict=True):
             folder = self.folders[member.node]
             folder.put_layout(layout)
@@ -123,7 +123,9 @@ class Nodes:
         temporary = self.begin(step)
         try:
             rows = {node: self.prepare(step, temporary, node) for node in self.folders}
-            return self.commit(step, temporary, rows)
+            place = self.commit(step, temporary, rows)
+            self.leader.retire(step, self.generation)
+            return place
         except BaseException as error:
             if isinstance(error, Exception):  # others stand for a process that is no more
                 self.leader.abandon("storage", temporary)

@@ -20,6 +20,8 @@ TROUBLE = (
     "damage",
     "forget",
     "fail_persist",
+    "hang_persist",
+    "unpin",
     "race",
 )
 DISASTER = ("lose_node", "cut", "heal", "reboot")

@@ -11,13 +11,14 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from windlass.checkpoint.memory.base import Base
 from windlass.checkpoint.memory.header import SlotHeader, State
 from windlass.checkpoint.memory.inventory import Choice, anchor, choose
 from windlass.checkpoint.memory.membership import Membership
 from windlass.checkpoint.memory.segment import pick_slot
 from windlass.checkpoint.memory.slots import NodeSlots, Shelf
 from windlass.checkpoint.memory.term import Term
-from windlass.checkpoint.memory.votes import NOTHING, Decree, Report
+from windlass.checkpoint.memory.votes import Decree, Report
 from windlass.launch.decide import decide
 
 Key = tuple[int, int]  # generation and step of a snapshot
@@ -209,12 +210,13 @@ class Persist:
     smp: Smp
     term: Term
     waiting: list[str]  # nodes that have not written theirs
+    let_go: bool = False  # its slots may be freed, though it may still come to an end
 
 
 @dataclass(eq=False)
 class Write:
     """A node's part of a step on its way into storage: its slots are pinned, in the process `smp`, until it has ended,
-    which may be long after the leader has given the step up."""
+    which may be long after the leader has given the step up, or until the leader says so then."""
 
     persist: Persist
     node: Node
@@ -260,7 +262,7 @@ class Rules:
     pick: Callable[[Segment, int], Slot | None] = pick
     begin: Callable[[Shelves, int, Run], None] = begin
     obey: Callable[[Shelves, Decree], Any] = Shelves.obey
-    term: Callable[[Membership, str], Term] = lambda world, node: Term(world, node, None, NOTHING)  # type: ignore[arg-type]
+    term: Callable[[Membership, str], Term] = lambda world, node: Term(world, node, None, Base())  # type: ignore[arg-type]
     jointly: bool = True  # all ranks take a snapshot or none
     fence_kills: bool = True  # and waits until they are dead
     claims: bool = True  # who fills a slot holds it until it has finished or is dead

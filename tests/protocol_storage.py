@@ -41,7 +41,7 @@ class Storage:
             return False
         persist, name = found[a % len(found)]
         node = self.nodes[name]
-        if not node.there or node.smp is None:
+        if not node.there or node.smp is None or any(w.smp is node.smp for w in self.writes):
             return False  # the leader asks again
         pin = ExitStack()
         pin.enter_context(node.smp.shelves.pinned(*persist.key))
@@ -62,7 +62,8 @@ class Storage:
         whole = all(any(s.key == persist.key and s.good and s.state >= State.ENCODED for s in slots) for slots in held)
         if not whole or node.generation > world.generation:
             # A leader process that was replaced meanwhile may begin again with a step that others have freed since.
-            if node.current is world and not persist.smp.successor and not self.truth.hit(persist.key, node.name):
+            kept = not persist.smp.successor and not persist.let_go
+            if node.current is world and kept and not self.truth.hit(persist.key, node.name):
                 raise Violation(f"I7: {persist.key} was freed on {node.name} while it was persisted")
             self._end(persist)
             return True
@@ -78,6 +79,22 @@ class Storage:
             return False
         self._end(self.persists[a % len(self.persists)])
         return True
+
+    def do_hang_persist(self, a: int, b: int) -> bool:
+        """Storage does not come back to the leader, which lets the slots of a step go; it may still be written."""
+        found = [p for p in self.persists if not p.let_go]
+        if found:
+            persist = found[a % len(found)]
+            persist.let_go = True
+            persist.term.publish(pins=())
+        return bool(found)
+
+    def do_unpin(self, a: int, b: int) -> bool:
+        """A node that still writes a step which the leader has given up hears of that, and lets its slots go."""
+        found = [w for w in self.writes if w.persist not in self.persists]
+        if found:
+            found[a % len(found)].pin.close()
+        return bool(found)
 
     def _end(self, persist: Persist) -> None:
         self.persists.remove(persist)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import signal
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -14,6 +12,7 @@ import numpy as np
 from tests.waiting import until
 from windlass.checkpoint.frames import frames_of
 from windlass.checkpoint.memory import pids
+from windlass.checkpoint.memory.base import Base
 from windlass.checkpoint.memory.client import SnapshotClient
 from windlass.checkpoint.memory.folder import NodeFolder
 from windlass.checkpoint.memory.groups import plan_groups
@@ -28,6 +27,8 @@ from windlass.dist.box import Box
 
 JOB = "0123456789abcdef"
 CHUNK = 4096
+PEER_S = 30.0
+PATIENCE_S = 60.0  # for a process that starts, answers or ends, however busy the machine
 
 
 def data_of(rank: int, step: int, num_bytes: int) -> np.ndarray:
@@ -85,8 +86,8 @@ class Node:
         self.name, self.generation, self.world_size = name, generation, world_size
         self.folder = NodeFolder(base, JOB, name).create("11" * 32)
         self.folder.raise_generation(generation)
-        self.served = ensure_snapshot_process(self.folder, faults=faults)
-        self.client = SnapshotClient.of(self.folder, generation)
+        self.respawn(faults=faults)
+        self.client = SnapshotClient.of(self.folder, generation, PATIENCE_S)
         self.ranks: list[Rank] = []
 
     def states(self, role: str = "data") -> dict[tuple[int, int, int], str]:
@@ -97,11 +98,15 @@ class Node:
     def kill(self) -> None:
         served = self.folder.read_smp()
         assert served is not None
-        os.kill(served.pid, signal.SIGKILL)
-        until(lambda: not served.alive)
+        assert pids.kill([(served.pid, served.started)], PATIENCE_S) == []
 
     def respawn(self, *, faults: bool = False) -> None:
-        self.served = ensure_snapshot_process(self.folder, faults=faults)
+        self.served = ensure_snapshot_process(self.folder, PATIENCE_S, faults=faults)
+
+    def meet_again(self) -> None:
+        """Speak to whatever process serves this node by now, for its generation."""
+        self.client.close()
+        self.client = SnapshotClient.of(self.folder, self.generation, PATIENCE_S)
 
     def log(self) -> str:
         return (self.folder.path / "smp.log").read_text()
@@ -125,7 +130,7 @@ class Node:
         self.client.close()
         served = self.folder.read_smp()
         if served is not None:
-            pids.kill([(served.pid, served.started)], 5.0)
+            pids.kill([(served.pid, served.started)], PATIENCE_S)
         self.folder.remove()
 
 
@@ -146,6 +151,7 @@ class Fleet:
         num_slots: int = 2,
         seats: Sequence[int] | None = None,
         settings: Settings | None = None,
+        base: Base | None = None,
     ) -> None:
         """Begin another generation, with all ranks anew."""
         seats = seats if seats is not None else range(len(self.nodes))
@@ -153,15 +159,14 @@ class Fleet:
         for node in self.nodes:
             node.generation, node.world_size, node.ranks = self.generation, len(seats), []
             node.folder.raise_generation(self.generation)
-            node.client.close()
-            node.client = SnapshotClient.of(node.folder, self.generation)
+            node.meet_again()
         self.ranks = [Rank(self.nodes[seat], rank, self.num_bytes, num_slots) for rank, seat in enumerate(seats)]
         for rank in self.ranks:
             rank.node.ranks.append(rank)
         self.membership = self._membership(self.generation)
-        self.settings = settings or Settings(peer_timeout_s=5.0)
+        self.settings = settings or Settings(peer_timeout_s=PEER_S)
         for node in self.nodes:
-            node.client.adopt(self.membership, restored, self.settings)
+            node.client.adopt(self.membership, restored, self.settings, base=base)
 
     def _membership(self, generation: int) -> Membership:
         names = [rank.node.name for rank in self.ranks]

@@ -107,7 +107,7 @@ def soak(minutes: float, seed: int) -> int:
         usual = median(entry["step_s"] for entry in undisturbed.history)
         while time.monotonic() < end:
             given = round_of(seed + rounds)
-            told = lab.run(workers=WORKERS, settings=["recovery.hang_s=3", "recovery.node_failures=9"], **given)  # type: ignore[arg-type]
+            told = lab.run(workers=WORKERS, settings=["recovery.hang_s=10", "recovery.node_failures=9"], **given)  # type: ignore[arg-type]
             difference = judge(told, undisturbed)
             outcome = "DIFFERS" if difference else "equal"
             print(f"round {rounds} (seed {seed + rounds}): {given} {told.seconds:.1f} s {outcome}")

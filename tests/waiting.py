@@ -7,8 +7,8 @@ import time
 from collections.abc import Callable
 
 
-def until(holds: Callable[[], bool], timeout_s: float = 10.0) -> None:
-    """Return once a condition holds.
+def until(holds: Callable[[], bool], timeout_s: float = 60.0) -> None:
+    """Return once a condition holds. The timeout is for what never comes, however busy the machine.
 
     Raises: AssertionError if it never does
     """

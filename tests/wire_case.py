@@ -14,6 +14,7 @@ from windlass.dist.errors import CheckpointError
 JOB, TOKEN = "0123456789abcdef", "6d" * 32
 MAX = 1 << 20
 HOST = "127.0.0.1"
+LONG_S = 30.0  # nobody takes so long who answers at all
 STORE = np.random.default_rng(0).integers(0, 256, MAX, dtype=np.uint8)
 
 
@@ -39,23 +40,23 @@ class Case:
 
     def __init__(self, **options: Any) -> None:
         self.log: list[str] = []
-        settings: dict[str, Any] = {"max_payload": MAX, "timeout_s": 5.0, "log": self.log.append, **options}
+        settings: dict[str, Any] = {"max_payload": MAX, "timeout_s": LONG_S, "log": self.log.append, **options}
         settings.setdefault("fenced", lambda generation: None if generation >= 3 else "generation 3 has begun")
         self.server = Server(HOST, 0, JOB, TOKEN, settings.pop("handle", handle), **settings).start()
         self.clients: list[Client] = []
 
     def client(self, **options: Any) -> Client:
-        settings: dict[str, Any] = {"job": JOB, "token": TOKEN, "timeout_s": 5.0, "generation": 3, **options}
+        settings: dict[str, Any] = {"job": JOB, "token": TOKEN, "timeout_s": LONG_S, "generation": 3, **options}
         self.clients.append(Client(HOST, self.server.port, **settings))
         return self.clients[-1]
 
     def raw(self) -> socket.socket:
-        connection = socket.create_connection((HOST, self.server.port), timeout=5)
+        connection = socket.create_connection((HOST, self.server.port), timeout=LONG_S)
         return connection
 
     def known(self) -> Channel:
         """Return a connection past the handshake, to say over it whatever one likes."""
-        peer = Channel(self.raw(), 5)
+        peer = Channel(self.raw(), LONG_S)
         peer.introduce(TOKEN, JOB)
         return peer
 
@@ -94,7 +95,7 @@ def frame(header: bytes, payload_bytes: int = 0, magic: bytes = MAGIC) -> bytes:
 
 def ended(connection: socket.socket) -> bool:
     """Wait until the server has cut a connection."""
-    connection.settimeout(5)
+    connection.settimeout(LONG_S)
     try:
         while connection.recv(1 << 16):
             continue

@@ -21,7 +21,7 @@ from typing import Any, Protocol
 import torch
 
 from windlass.checkpoint.frames import frames_of
-from windlass.checkpoint.memory.copier import Copier, Fill, Spans
+from windlass.checkpoint.memory.copier import Copier, Fill
 from windlass.checkpoint.memory.folder import NodeFolder
 from windlass.checkpoint.memory.layout import Layout
 from windlass.checkpoint.memory.moves import (
@@ -53,6 +53,7 @@ from windlass.dist.device import Device
 from windlass.dist.env import fault
 from windlass.dist.errors import CheckpointError, PlanError, WindlassError
 from windlass.dist.state import Piece
+from windlass.dist.trace import Tracer
 
 GATE_S = 600.0  # far beyond any copy: the watchdog of the node acts earlier
 
@@ -111,7 +112,7 @@ class Capturer:
         device: Device,
         policy: SnapshotConfig,
         local_parity: LocalParity | None = None,
-        tracer: Spans | None = None,
+        tracer: Tracer | None = None,
     ) -> None:
         self.folder, self.rank = folder, rank
         self._counters = Counters()
@@ -144,7 +145,6 @@ class Capturer:
             num_bytes=own.num_bytes,
             chunk_bytes=policy.chunk_bytes,
             state=State.FILLING,
-            sizes={member: layout.num_bytes for member, layout in layouts.items()},
         )
         self._stripes: Stripes | None = None
         self._parity_moves: list[Move] = []
@@ -197,7 +197,7 @@ class Capturer:
             for role, size, hashes in self._wanted()
         ]
         what = f"{slots} snapshots of rank {self.rank} ({self.layout.num_bytes} bytes each)"
-        self.folder.check_room(self.wanted_bytes(), what)
+        self.folder.check_room(self.wanted_bytes(), what, slots)
         self.folder.put_layout(self.layout)
         for path, role, size, hashes in wanted:
             self._segments.append(Segment.ensure(path, role, self.rank, size, slots, chunk, hashes))

@@ -10,18 +10,19 @@ from dataclasses import asdict, dataclass
 from types import TracebackType
 from typing import Any
 
+from windlass.checkpoint.memory.base import Base
 from windlass.checkpoint.memory.channel import Buffer
 from windlass.checkpoint.memory.folder import NodeFolder
 from windlass.checkpoint.memory.header import SlotHeader
 from windlass.checkpoint.memory.layout import Layout
 from windlass.checkpoint.memory.membership import Membership
 from windlass.checkpoint.memory.settings import Settings
-from windlass.checkpoint.memory.status import Status
+from windlass.checkpoint.memory.status import Flushed, Status
 from windlass.checkpoint.memory.wire import Client
 from windlass.dist.errors import CheckpointError
 
 FENCE_S = 5.0  # what killing may take, beside the timeout
-ANSWER_S = 2.0
+ANSWER_S = 5.0
 
 
 @dataclass(frozen=True)
@@ -32,16 +33,6 @@ class Inventory:
     generation: int
     held: list[dict[str, Any]]
     memberships: list[int]
-
-
-@dataclass(frozen=True)
-class Flushed:
-    """A step that is durable. Units: bytes, seconds."""
-
-    step: int
-    place: str
-    num_bytes: int
-    seconds: float
 
 
 class SnapshotClient:
@@ -93,21 +84,24 @@ class SnapshotClient:
     @property
     def generation(self) -> int:
         """Return the generation this client speaks for."""
+        self._learn()
+        return self.wire.generation
+
+    def _learn(self) -> None:
         if self._learns and self.wire.generation == 0:
             self.wire.generation = int(self.hello()["generation"])
-        return self.wire.generation
 
     def _request(
         self, verb: str, fields: dict[str, Any], into: memoryview | None = None, timeout_s: float | None = None
     ) -> tuple[dict[str, Any], memoryview]:
-        assert self.generation >= 0
+        self._learn()
         try:
             return self._send(verb, fields, into=into, timeout_s=timeout_s)
         except CheckpointError:
             if not (self._learns and self.wire.fenced):
                 raise
             self.wire.fenced, self.wire.generation = False, 0  # a newer one has begun since
-            assert self.generation >= 0
+            self._learn()
             return self._send(verb, fields, into=into, timeout_s=timeout_s)
 
     def _send(
@@ -202,14 +196,16 @@ class SnapshotClient:
         restored: tuple[int, int] | None = None,
         settings: Settings | None = None,
         anchor: tuple[int, int] | None = None,
+        base: Base | None = None,
     ) -> None:
         """Begin the generation of `membership`, all of whose ranks have been restored from `restored` (generation and
-        step), or from elsewhere. `anchor` is the snapshot that must stay until a new one is protected (inventory.py).
-        Every rank may say so.
+        step), or from elsewhere. `anchor` is the snapshot that must stay until a new one is protected (inventory.py),
+        `base` where training goes on: at the beginning if not given. Every rank may say so.
         """
         fields = {
             "restored": None if restored is None else list(restored),
             "anchor": None if anchor is None else list(anchor),
+            "base": (base or Base()).dump(),
             "settings": asdict(settings or Settings()),
         }
         self._send("adopt", fields, membership.dump().encode())

@@ -46,14 +46,6 @@ class Code:
         """Return whether this is neither a copy nor an XOR."""
         return 1 < self.k < self.n - 1
 
-    def encode(self, data: Sequence[np.ndarray]) -> list[np.ndarray]:
-        """Return the k parity blocks of n-k data blocks, as long as the longest of them."""
-        length = max(len(block) for block in data)
-        parity = [np.empty(length, np.uint8) for _ in range(self.k)]
-        for index, block in enumerate(parity):
-            self.encode_one(index, data, block)
-        return parity
-
     def encode_one(self, index: int, data: Sequence[np.ndarray], out: np.ndarray) -> None:
         """Write the parity block `index` (0 to k-1) of n-k data blocks into `out`, at least as long as they are."""
         if len(data) != self.num_data:
@@ -133,8 +125,9 @@ def _driver(num_data: int, k: int) -> Any:
         return library.ECDriver(ec_type="isa_l_rs_cauchy", k=num_data, m=k)
     except Exception as exc:  # its own errors, and those of the system that loads it
         raise CheckpointError(
-            f"snapshot.redundancy = 'reed_solomon' needs pyeclib with ISA-L, which cannot be used here: {exc}. "
-            "Install it (pip install 'pyeclib>=1.7'), or use 'xor' or 'replica'"
+            f"{k} parity blocks for {num_data} of data need pyeclib with ISA-L, which cannot be used here: {exc}. "
+            "Install it (pip install 'pyeclib>=1.7'), or use snapshot.redundancy = 'xor', or 'replica' on a multiple "
+            f"of {k + 1} nodes"
         ) from exc
 
 

@@ -9,9 +9,9 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,14 +22,9 @@ from windlass.checkpoint.memory.segment import Slot, SlotHeader, State
 from windlass.dist.device import Device
 from windlass.dist.env import fault
 from windlass.dist.errors import CheckpointError
+from windlass.dist.trace import Tracer
 
 HEADER_S = 1.0  # what another writer of a header may take
-
-
-class Spans(Protocol):
-    """What is needed of a tracer."""
-
-    def span(self, name: str, lane: str, **args: Any) -> AbstractContextManager[Any]: ...
 
 
 @dataclass
@@ -74,7 +69,7 @@ class Copier:
         pace: Pace,
         gaps: Sequence[tuple[int, int]],
         staging_bytes: int,
-        tracer: Spans | None = None,
+        tracer: Tracer | None = None,
     ) -> None:
         self.num_bytes = 0  # copied so far
         self.turned_away = 0  # fills that found a slot busy

@@ -15,7 +15,6 @@ import numpy as np
 
 from windlass.checkpoint.memory.codes import Code
 from windlass.checkpoint.memory.encode import LANES, Fetch, piece_bytes
-from windlass.checkpoint.memory.pace import Pace
 from windlass.checkpoint.memory.stripes import Block, Stripes
 from windlass.dist.errors import CheckpointError
 
@@ -26,17 +25,8 @@ class Decoder:
     `loads` counts the bytes asked for by rank. One thread at a time.
     """
 
-    def __init__(
-        self,
-        stripes: Stripes,
-        missing: Collection[tuple[int, str]],
-        fetch: Fetch,
-        *,
-        pace: Pace | None = None,
-        lanes: int = LANES,
-    ) -> None:
-        self.stripes, self.missing = stripes, set(missing)
-        self._fetch, self._pace, self._lanes = fetch, pace or Pace(), lanes
+    def __init__(self, stripes: Stripes, missing: Collection[tuple[int, str]], fetch: Fetch) -> None:
+        self.stripes, self.missing, self._fetch = stripes, set(missing), fetch
         self._code = Code(stripes.n, stripes.k)
         self._rows = np.empty((stripes.num_data, 0), np.uint8)
         self._failures: dict[tuple[int, str], str] = {}
@@ -58,7 +48,7 @@ class Decoder:
             raise CheckpointError(f"rank {rank}: room for {into.nbytes} bytes to rebuild {stop - start}")
         out = np.empty(stop - start, np.uint8) if into is None else np.frombuffer(into, np.uint8)
         at, step, block_bytes = start, max(piece_bytes(stripes), stripes.chunk_bytes), stripes.block_bytes
-        with ThreadPoolExecutor(min(self._lanes, stripes.num_data), "snapshot-decode") as pool:
+        with ThreadPoolExecutor(min(LANES, stripes.num_data), "snapshot-decode") as pool:
             while at < stop:
                 block, offset = divmod(at, block_bytes)
                 low = offset // stripes.chunk_bytes * stripes.chunk_bytes
@@ -103,7 +93,6 @@ class Decoder:
 
     def _get(self, source: Block, low: int, part: np.ndarray) -> None:
         if len(part):  # beyond the end of a member's data there is nothing to ask for: zeros
-            self._pace.spend(len(part))
             self._fetch(source.rank, source.role, source.start + low, part.data)
 
     def _choose(self, blocks: list[Block], without: set[int], low: int, count: int) -> list[int]:

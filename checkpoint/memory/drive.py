@@ -68,21 +68,19 @@ class Drive:
     def read_membership(self, generation: int) -> bytes | None:
         """Return the membership of a generation."""
         for step in self.steps():
-            with contextlib.suppress(FileNotFoundError):
-                text = step.membership_path.read_bytes()
-                if step.generation == generation and Membership.parse(text).generation == generation:
-                    return text
+            if step.generation == generation:
+                with contextlib.suppress(CheckpointError, OSError):  # damaged or removed: an older step has it too
+                    text = step.membership_path.read_bytes()
+                    if Membership.parse(text).generation == generation:
+                        return text
         return None
 
     def read_layout(self, digest: str) -> Layout | None:
         """Return a layout that lies beside a step."""
         for step in self.steps():
-            with contextlib.suppress(FileNotFoundError):
+            with contextlib.suppress(CheckpointError, OSError):  # damaged or removed: an older step may have it too
                 return Layout.parse(step.layout_path(digest).read_bytes(), digest)
         return None
-
-    def close(self) -> None:
-        """Nothing is open."""
 
 
 def _read(path: Path) -> tuple[Slot, SlotHeader | None]:

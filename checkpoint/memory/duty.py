@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from windlass.checkpoint.memory.base import Base
 from windlass.checkpoint.memory.folder import NodeFolder
 from windlass.checkpoint.memory.groups import num_parity
 from windlass.checkpoint.memory.heartbeat import Phase, read_heartbeat
@@ -42,7 +43,7 @@ class Duty:
         slots: NodeSlots,
         membership: Membership,
         settings: Settings,
-        base: int,
+        base: Base,
         persister: Persister,
         own: Own,
         log: Callable[[str], None],
@@ -82,6 +83,7 @@ class Duty:
         self.filled.set()
         if self.persisting is not None:
             self.persisting.stop()
+        self.writing.stop()
         self.peers.close()
 
     @property

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import xxhash
@@ -33,25 +33,6 @@ LANES = 4  # members pulled from at once
 # (rank, role, offset, into): fill `into` with bytes of that segment of that rank, of the snapshot that is meant.
 # Raises CheckpointError if they cannot be had. Many threads call it at once.
 Fetch: TypeAlias = Callable[[int, str, int, memoryview], None]
-
-
-def checked(fetch: Fetch, tables: Mapping[tuple[int, str], np.ndarray], chunk_bytes: int) -> Fetch:
-    """Return a fetch that compares whole chunks with the hashes of (rank, role) as they arrive."""
-
-    def fetch_checked(rank: int, role: str, offset: int, into: memoryview) -> None:
-        table = tables.get((rank, role))
-        first, partial = divmod(offset, chunk_bytes)
-        if table is None or partial or first + num_chunks(into.nbytes, chunk_bytes) > len(table):
-            raise CheckpointError(f"rank {rank}, {role}: nothing vouches for {into.nbytes} bytes from byte {offset} on")
-        fetch(rank, role, offset, into)
-        found = hash_chunks(np.frombuffer(into, np.uint8), into.nbytes, chunk_bytes)
-        wrong = np.flatnonzero(found != table[first : first + len(found)])
-        if len(wrong):
-            raise CheckpointError(
-                f"rank {rank}, {role}: chunk {first + int(wrong[0])} is damaged, in its memory or on its way"
-            )
-
-    return fetch_checked
 
 
 def checked_in_order(
@@ -100,7 +81,7 @@ class _Piece:
 
 
 def encode_parity(
-    stripes: Stripes, rank: int, fetch: Fetch, out: np.ndarray, *, pace: Pace | None = None, lanes: int = LANES
+    stripes: Stripes, rank: int, fetch: Fetch, out: np.ndarray, *, pace: Pace | None = None
 ) -> np.ndarray:
     """Write all parity of a member into `out` and return the hash of each of its chunks.
 
@@ -134,7 +115,7 @@ def encode_parity(
             pool.submit(get, block, piece.low, part) for block, part in zip(piece.data, parts, strict=True) if len(part)
         ]
 
-    with ThreadPoolExecutor(min(lanes, stripes.num_data), "snapshot-pull") as pool:
+    with ThreadPoolExecutor(min(LANES, stripes.num_data), "snapshot-pull") as pool:
         try:
             coming = pull(0)
             for number, piece in enumerate(pieces):
@@ -161,7 +142,6 @@ def encode_slot(
     *,
     sequence: int = -1,
     pace: Pace | None = None,
-    lanes: int = LANES,
 ) -> SlotHeader:
     """Fill a parity slot of `rank` and return its header, ENCODED: the bytes, their hashes, and what is known of the
     group. `members` are the hashed data headers of the whole group; `sequence` is what the slot must still hold.
@@ -182,7 +162,7 @@ def encode_slot(
         fetch = checked_in_order(
             fetch, tables, dict(zip(stripes.ranks, stripes.sizes, strict=True)), stripes.chunk_bytes
         )
-        own = encode_parity(stripes, rank, fetch, slot.data[: stripes.parity_bytes], pace=pace, lanes=lanes)
+        own = encode_parity(stripes, rank, fetch, slot.data[: stripes.parity_bytes], pace=pace)
         return _seal(slot, header, own, sequence + 1)
     finally:
         slot.release()
@@ -221,7 +201,8 @@ def parity_header(stripes: Stripes, rank: int, members: Mapping[int, SlotHeader]
     """Return the header of a member's parity, without the hashes of its own bytes.
 
     It says of every member how its data is laid out and hashed, and keeps the facts of the members before this one
-    (Stripes.wards), as `facts["members"]` by rank: enough of them survive, and they must fit a header.
+    (Stripes.wards): enough of them survive. They must fit a header, so what they have in common is there once
+    (`member_facts` puts a member's together again).
 
     Raises: CheckpointError unless the headers are hashed data of one snapshot and of the sizes planned for
     """
@@ -255,8 +236,21 @@ def parity_header(stripes: Stripes, rank: int, members: Mapping[int, SlotHeader]
         num_bytes=stripes.parity_bytes,
         chunk_bytes=stripes.chunk_bytes,
         state=State.FILLING,
-        facts={"members": {str(member): members[member].facts for member in stripes.wards(rank)}},
+        facts=group_facts({member: members[member].facts for member in stripes.wards(rank)}),
         hashes={member: members[member].hashes[member] for member in stripes.ranks},
-        sizes=dict(zip(stripes.ranks, stripes.sizes, strict=True)),
         layouts={member: members[member].layout for member in stripes.ranks},
     )
+
+
+def group_facts(facts: Mapping[int, Mapping[str, Any]]) -> dict[str, Any]:
+    """Return what is known of several members, by rank, as facts of a parity header; what is the same only once."""
+    first, *others = facts.values()
+    common = {key: value for key, value in first.items() if all(key in f and f[key] == value for f in others)}
+    own = {str(rank): {k: v for k, v in known.items() if k not in common} for rank, known in facts.items()}
+    return {"common": common, "members": own}
+
+
+def member_facts(facts: Mapping[str, Any], rank: int) -> dict[str, Any] | None:
+    """Return a member's facts out of those of a parity header; None if they are not there."""
+    own = facts.get("members", {}).get(str(rank))
+    return None if own is None else {**facts["common"], **own}

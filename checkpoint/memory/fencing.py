@@ -1,4 +1,5 @@
-"""Ends what older generations left on a node, before a new one begins there: the only place that does.
+"""Ends what older generations left on a node, before a new one begins there: those that train there. Workers that have
+not come so far are found by a launcher's own records.
 
 Must not know: torch, networks, who begins a generation and why.
 """

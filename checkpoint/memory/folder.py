@@ -1,6 +1,8 @@
 """The folder of one job on one node, in memory: where everything lies that must outlive the processes of the node.
 
-    <base>/windlass-<uid>/<job>/<node>/   token  smp.json  generation  lease  policy.json  membership-<g>.json
+    <base>/windlass-<uid>/<job>/<node>/   token  generation  settings.json  lease  kept  reserve
+        smp.json  smp.log  smp.lock  processes/
+        membership-<g>.json  base-<g>.json  saved-<g>.json  moved-<g>.json
         layouts/<digest>.json  beats/00003  verdicts/00003.json
         data-00003-<slot bytes>x<slots>-<hashes>.seg  parity-00003-...seg
 
@@ -33,6 +35,7 @@ from windlass.dist.errors import CheckpointError
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}")
 _SEGMENT = re.compile(r"(data|parity)-(\d{5,})-(\d+)x(\d+)-(\d+)\.seg")
+KEEP_S = 2.0  # between two signs of a launcher that looks after a node
 RESERVE_BYTES = 1 << 20  # held back for small files, such as who is a member
 SPARE_BYTES = 8 << 20  # of the base: headers of other files, what other programs take meanwhile
 
@@ -115,6 +118,7 @@ class NodeFolder:
             self._reserve()
             if token is not None or not self.token_path.exists():
                 self.replace(self.token_path, (token or secrets.token_hex(32)).encode())
+            self.touch_lease()  # whoever collects what dead jobs have left may come before the snapshot process does
         except OSError as error:
             raise CheckpointError(f"the folder of snapshots {self.path} could not be made: {error}") from error
         return self
@@ -204,19 +208,32 @@ class NodeFolder:
     def lease_path(self) -> Path:
         return self.path / "lease"
 
+    @property
+    def kept_path(self) -> Path:
+        return self.path / "kept"
+
     def touch_lease(self) -> None:
-        """Say that somebody needs this folder."""
+        """Say that somebody needs this folder: its snapshot process lives, or is about to."""
+        self._touch(self.lease_path)
+
+    def keep(self) -> None:
+        """Say that a launcher looks after this node: its snapshots are needed though nobody trains with them now."""
+        self._touch(self.kept_path)
+
+    def _touch(self, path: Path) -> None:
         try:
-            os.utime(self.lease_path)  # takes no room
+            os.utime(path)  # takes no room
         except FileNotFoundError:
-            self.replace(self.lease_path, b"")
+            self.replace(path, b"")
 
     def lease_age_s(self) -> float:
         """Return the seconds since somebody needed this folder."""
-        for path in (self.lease_path, self.path):
-            with contextlib.suppress(FileNotFoundError):
-                return time.time() - path.stat().st_mtime
-        return float("inf")
+        age = _age_s(self.lease_path)
+        return _age_s(self.path) if age == float("inf") else age
+
+    def kept_age_s(self) -> float:
+        """Return the seconds since a launcher looked after this node; infinite if none ever did."""
+        return _age_s(self.kept_path)
 
     # -- generations ------------------------------------------------------------------------------------------------
 
@@ -252,10 +269,10 @@ class NodeFolder:
         return self.path / "layouts" / f"{digest}.json"
 
     def put_layout(self, layout: Layout) -> None:
-        """Keep a layout under its digest."""
-        path = self.layout_path(layout.digest)
-        if not path.exists():
-            self.replace(path, layout.dump())
+        """Keep a layout under its digest, also in place of one that was damaged."""
+        path, body = self.layout_path(layout.digest), layout.dump()
+        if _read(path) != body:
+            self.replace(path, body)
 
     def read_layout(self, digest: str) -> Layout | None:
         """Return the layout of this digest, None if it is not here.
@@ -290,17 +307,23 @@ class NodeFolder:
         disk = os.statvfs(self.base)
         return min(disk.f_bavail * disk.f_frsize, _memory_left())
 
-    def check_room(self, num_bytes: int, what: str) -> None:
-        """Raise CheckpointError unless this many more bytes can be had, with what would work."""
-        free = self.room() - SPARE_BYTES
-        if num_bytes <= max(free, 0):
-            return
+    def shortage(self, num_bytes: int, what: str, slots: int) -> str:
+        """Say that this many more bytes cannot be had, and what would work; empty if they can."""
+        free = max(self.room() - SPARE_BYTES, 0)
+        if num_bytes <= free:
+            return ""
         held = sum(s.path.stat().st_size for s in self.segments())
-        raise CheckpointError(
-            f"snapshot.folder = '{self.base}' on {self.node}: {what} need {_mib(num_bytes)}, {_mib(max(free, 0))} can "
-            f"be had (segments of this job hold {_mib(held)}). Give it {_mib(num_bytes - max(free, 0))} more (a larger "
-            "tmpfs or memory limit), use more ranks per replica, snapshot.slots=2, or snapshot.every=0 for none"
+        fewer = "snapshot.slots=2, " if slots > 2 else ""
+        return (
+            f"snapshot.folder = '{self.base}' on {self.node}: {what} need {_mib(num_bytes)}, {_mib(free)} can be had "
+            f"(segments of this job hold {_mib(held)}). Give it {_mib(num_bytes - free)} more (a larger tmpfs or "
+            f"memory limit), use more ranks per replica, {fewer}or snapshot.every=0 for none"
         )
+
+    def check_room(self, num_bytes: int, what: str, slots: int) -> None:
+        """Raise CheckpointError with the shortage, if there is one."""
+        if problem := self.shortage(num_bytes, what, slots):
+            raise CheckpointError(problem)
 
 
 def _root(base: Path) -> Path:
@@ -328,6 +351,13 @@ def _check_owner(folder: Path) -> None:
             f"{folder} must be a folder of user {os.getuid()} that nobody else can enter (mode 0700); it is "
             f"{stat.filemode(found.st_mode)} of user {found.st_uid}. Remove it, or use another snapshot.folder"
         )
+
+
+def _age_s(path: Path) -> float:
+    try:
+        return time.time() - path.stat().st_mtime
+    except FileNotFoundError:
+        return float("inf")
 
 
 def _read(path: Path) -> bytes | None:

@@ -8,21 +8,22 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 
+from windlass.checkpoint.memory.codes import MAX_BLOCKS
 from windlass.dist.errors import PlanError
 
 AUTO_GROUP = 8  # members; more save little memory and make a second loss in one group likely
-MAX_GROUP = 32  # blocks of a stripe that pyeclib can code
 Groups = tuple[tuple[int, ...], ...]
 
 
 def num_parity(scheme: str, k: int, n: int) -> int:
     """Return how many members a group of n can lose, which is also how many parity blocks each of them holds.
 
-    A group smaller than asked for keeps as much as it can: two members hold copies of each other.
+    A group smaller than asked for keeps as much as it can: two members hold copies of each other. Replicas of a group
+    that is larger than asked for are coded: it survives the same and takes less memory.
     """
     if scheme == "none" or n < 2:
         return 0
-    return {"replica": n - 1, "xor": 1, "reed_solomon": min(k, n - 1)}[scheme]
+    return 1 if scheme == "xor" else min(k, n - 1)
 
 
 def memory_factor(scheme: str, k: int, n: int) -> float:
@@ -55,7 +56,8 @@ def plan_groups(
     """Put every rank in a group; `nodes[r]` is the node of rank r, `domains` the failure domain of a node.
 
     No two members of a group share a failure domain, and the groups differ in size by at most one. `group_size` 0
-    takes as many as there are domains, at most 8; for replica it is k+1. With `within` no group crosses one of these
+    takes as many as there are domains, at most 8; for replica it is k+1. Groups are larger than that where smaller ones
+    could not survive the loss of k members: nobody is left over. With `within` no group crosses one of these
     sets of ranks (replicas that can make parity of each other's bytes). `degraded` takes what the domains allow
     instead of raising: for a job that goes on with fewer nodes than it was planned for.
 
@@ -69,8 +71,9 @@ def plan_groups(
         here = [units[rank] for rank in ranks]
         available = len(set(here))
         size = _size(scheme, group_size, k, available, degraded)
+        wanted = min(-(-len(here) // size), max(len(here) // _least(scheme, k), 1))
         # Dealt out in the order of domains, the ranks of one domain fall into different groups.
-        num_groups = max(-(-len(here) // size), *Counter(here).values())
+        num_groups = max(wanted, *Counter(here).values())
         order = sorted(ranks, key=lambda rank: (units[rank], rank))
         groups += [tuple(sorted(order[i::num_groups])) for i in range(num_groups)]
     if sorted(rank for group in groups for rank in group) != list(range(len(nodes))):
@@ -78,14 +81,23 @@ def plan_groups(
     return tuple(sorted(groups))
 
 
+def _least(scheme: str, k: int) -> int:
+    """Return the members that a group needs to survive what it is asked to."""
+    return 2 if scheme == "xor" else k + 1
+
+
 def _size(scheme: str, group_size: int, k: int, available: int, degraded: bool) -> int:
     """Return the members of a group, given the number of failure domains."""
     wanted = group_size or (k + 1 if scheme == "replica" else max(min(AUTO_GROUP, available), k + 1))
-    least = {"replica": k + 1, "xor": 2, "reed_solomon": k + 1}[scheme]
+    least = _least(scheme, k)
+    most = MAX_BLOCKS if scheme == "reed_solomon" and k > 1 else wanted  # only the library has a limit
     if degraded or available == 1:  # one failure domain: nothing to choose; `weaknesses` says so
-        return max(min(wanted, available, MAX_GROUP), 1)
-    if group_size > MAX_GROUP:
-        raise PlanError(f"snapshot.group = {group_size}: at most {MAX_GROUP} members can be coded together")
+        return max(min(wanted, available, most), 1)
+    if wanted > most:
+        raise PlanError(
+            f"snapshot.group = {group_size} with snapshot.redundancy = '{scheme}' and snapshot.parity = {k}: at most "
+            f"{most} members can be coded together. Use snapshot.group = {most} or 0 (auto)."
+        )
     if wanted > available:
         raise PlanError(
             f"snapshot.redundancy = '{scheme}' with snapshot.group = {group_size} and snapshot.parity = {k} needs "

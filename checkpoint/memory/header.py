@@ -52,8 +52,7 @@ class SlotHeader:
     state: State
     facts: dict[str, Any] = field(default_factory=dict)
     hashes: dict[int, np.ndarray] = field(default_factory=dict, compare=False)
-    sizes: dict[int, int] = field(default_factory=dict)  # of the group's members, by rank
-    layouts: dict[int, str] = field(default_factory=dict)
+    layouts: dict[int, str] = field(default_factory=dict)  # of the group's members, by rank
     sequence: int = field(default=-1, compare=False)  # of the slot when this was read; -1: not read from a slot
 
     @property
@@ -85,7 +84,6 @@ class SlotHeader:
                 at += 8 * length
             given = {f.name: values[f.name] for f in fields(SlotHeader) if f.name in values}
             given |= {"state": State(values["state"]), "hashes": hashes, "sequence": -1}
-            given["sizes"] = {int(k): int(v) for k, v in values["sizes"].items()}
             given["layouts"] = {int(k): str(v) for k, v in values["layouts"].items()}
             header = SlotHeader(**given)
             numbers = (header.generation, header.step, header.rank, header.world_size, header.num_bytes)

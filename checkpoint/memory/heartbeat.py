@@ -1,6 +1,6 @@
 """The heartbeat of one rank: a page of shared memory that its trainer writes and the watchdog of its node reads.
 
-A beat costs eight stores. The file is replaced when a rank starts, so a process of an older generation that still
+A beat costs a few stores. The file is replaced when a rank starts, so a process of an older generation that still
 beats is not heard. Must not know: torch, when a silence is too long, what is done about it.
 """
 

@@ -12,6 +12,7 @@ import torch
 
 from windlass.checkpoint.memory.layout import ALIGNMENT, Fragment, Layout
 from windlass.checkpoint.memory.stripes import Block
+from windlass.checkpoint.reader import dtype_name
 from windlass.dist.box import Box, boxes_of_range
 from windlass.dist.state import Piece
 
@@ -57,8 +58,7 @@ def layout_of(pieces: Sequence[Piece], parts: Sequence[Part]) -> Layout:
     for part in parts:
         piece = pieces[part.piece]
         num_bytes = part.box.numel * piece.dtype.itemsize
-        dtype = str(piece.dtype).removeprefix("torch.")
-        fragments.append(Fragment(piece.key, dtype, piece.global_shape, part.box, end, num_bytes))
+        fragments.append(Fragment(piece.key, dtype_name(piece.dtype), piece.global_shape, part.box, end, num_bytes))
         end += _aligned(num_bytes)
     return Layout(tuple(fragments), end)
 

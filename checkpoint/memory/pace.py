@@ -36,11 +36,12 @@ class Pace:
 
         Blocks: no
         """
-        if self.bytes_per_s <= 0:
+        bytes_per_s = self.bytes_per_s  # once: it may be lifted meanwhile
+        if bytes_per_s <= 0:
             return 0.0
         with self._lock:
             now = self._clock()
-            self._free_at = max(self._free_at, now - CATCH_UP_S) + num_bytes / self.bytes_per_s
+            self._free_at = max(self._free_at, now - CATCH_UP_S) + num_bytes / bytes_per_s
             return max(self._free_at - now, 0.0)
 
     def lift(self) -> None:

@@ -47,7 +47,7 @@ def check_room(folder: NodeFolder, slots: NodeSlots, membership: Membership) -> 
     missing = [file for file in files if not file.path.exists()]
     needed = sum(segment_bytes(file.slot_bytes, file.num_slots, file.table_chunks) for file in missing)
     if missing:
-        folder.check_room(needed, f"parity of ranks {[file.rank for file in missing]}")
+        folder.check_room(needed, f"parity of ranks {[file.rank for file in missing]}", missing[0].num_slots)
 
 
 def check_headers(membership: Membership) -> None:
@@ -88,6 +88,7 @@ class Protector:
         self.folder, self.slots, self.term, self.peers, self._log = folder, slots, term, peers, log
         self._pace = Pace(term.settings.link_bytes_per_s)
         self._failures: dict[int, int] = {}  # by step
+        self._layouts: set[str] = set()  # that are surely here
         self.problem = ""
 
     def next_step(self) -> int | None:
@@ -240,6 +241,7 @@ class Protector:
             into[:] = payload
 
     def _fetch_layout(self, rank: int, digest: str) -> None:
-        if not self.folder.layout_path(digest).exists():
+        if digest not in self._layouts:  # of this term: a file that was damaged before it is replaced
             _, payload = self.peers.ask(self._node_of(rank), "layout", {"digest": digest})
             self.folder.put_layout(Layout.parse(bytes(payload), digest))
+            self._layouts.add(digest)

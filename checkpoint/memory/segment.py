@@ -35,7 +35,7 @@ import xxhash
 from windlass.checkpoint.memory.header import FACTS_BYTES, SlotHeader, State, pack, unpack
 from windlass.checkpoint.memory.heartbeat import is_alive, process_started
 from windlass.checkpoint.memory.stripes import Stripes
-from windlass.dist.errors import CheckpointError
+from windlass.dist.errors import CheckpointError, DamagedError
 
 PAGE = 4096
 _FILE = struct.Struct("<8sQQ")  # magic, length, xxh3_64
@@ -214,11 +214,12 @@ class Slot:
 class Segment:
     """The slots of one rank and role.
 
-    Invariant: every page is there, and mapped where it may be written, so no copy is slowed by a first touch or killed
-    by a full file system. Of one that is only read, pages are mapped as they are looked at: it may lie on a drive.
+    Invariant: every page is there, so no copy is killed by a full file system; `populate` has them mapped too, so that
+    none is slowed by a first touch: for whoever fills it. Else pages are mapped as they are looked at, because mapping
+    takes 0.2 s/GiB, and the file may lie on a drive.
     """
 
-    def __init__(self, path: Path, fd: int, geometry: Mapping[str, Any], *, writable: bool) -> None:
+    def __init__(self, path: Path, fd: int, geometry: Mapping[str, Any], *, writable: bool, populate: bool) -> None:
         self.path, self.fd, self.writable = path, fd, writable
         self.role, self.rank = str(geometry["role"]), int(geometry["rank"])
         self.slot_bytes, self.num_slots = int(geometry["slot_bytes"]), int(geometry["num_slots"])
@@ -227,7 +228,7 @@ class Segment:
         self.stride = _stride(self.slot_bytes, self.table_chunks)
         protection = mmap.PROT_READ | (mmap.PROT_WRITE if writable else 0)
         size = segment_bytes(self.slot_bytes, self.num_slots, self.table_chunks)
-        self._map = mmap.mmap(fd, size, mmap.MAP_SHARED | (mmap.MAP_POPULATE if writable else 0), protection)
+        self._map = mmap.mmap(fd, size, mmap.MAP_SHARED | (mmap.MAP_POPULATE if populate else 0), protection)
         self.memory = np.frombuffer(self._map, np.uint8)
         self.slots = tuple(Slot(self, i) for i in range(self.num_slots))
 
@@ -254,26 +255,30 @@ class Segment:
                 f"segment {path} of {needed} bytes ({num_slots} slots of {slot_bytes}) could not be made: {error}. Use "
                 "fewer snapshot.slots, or a snapshot.folder with more room"
             ) from error
-        return Segment.open(path, writable=True)
+        return Segment.open(path, writable=True, populate=True)
 
     @staticmethod
     def ensure(
         path: Path, role: str, rank: int, slot_bytes: int, num_slots: int, chunk_bytes: int, table_chunks: int
     ) -> Segment:
-        """Map the segment that is there with what it holds, or make it; one whose first page is damaged is replaced."""
+        """Map the segment that is there with what it holds, or make it; one whose first page is damaged is replaced.
+
+        Raises: CheckpointError if it cannot be mapped now: then it stays as it is
+        """
         try:
-            return Segment.open(path, writable=True)
+            return Segment.open(path, writable=True, populate=True)
         except FileNotFoundError:
             return Segment.create(path, role, rank, slot_bytes, num_slots, chunk_bytes, table_chunks)
-        except CheckpointError:  # nobody can read it
+        except DamagedError:  # nobody can read it
             path.unlink(missing_ok=True)
             return Segment.create(path, role, rank, slot_bytes, num_slots, chunk_bytes, table_chunks)
 
     @staticmethod
-    def open(path: Path, writable: bool = False) -> Segment:
+    def open(path: Path, writable: bool = False, *, populate: bool = False) -> Segment:
         """Map a segment that is there.
 
-        Raises: CheckpointError if it is no segment or not whole; FileNotFoundError
+        Raises: DamagedError if it is no segment or not whole; CheckpointError if it cannot be mapped now;
+                FileNotFoundError
         """
         fd = os.open(path, (os.O_RDWR if writable else os.O_RDONLY) | os.O_CLOEXEC)
         try:
@@ -282,10 +287,13 @@ class Segment:
             body = page[_FILE.size : _FILE.size + length]
             if magic != _FILE_MAGIC or xxhash.xxh3_64_intdigest(body) != seal:
                 raise ValueError("its first page is damaged")
-            return Segment(path, fd, json.loads(body), writable=writable)
-        except (ValueError, KeyError, struct.error, OSError) as error:
+            return Segment(path, fd, json.loads(body), writable=writable, populate=populate)
+        except OSError as error:  # no address space, no memory for the map: what it holds is as good as before
             os.close(fd)
-            raise CheckpointError(f"{path} is not a whole segment: {error}. Its snapshots are lost") from error
+            raise CheckpointError(f"{path} cannot be mapped: {error}") from error
+        except (ValueError, KeyError, struct.error) as error:
+            os.close(fd)
+            raise DamagedError(f"{path} is not a whole segment: {error}. Its snapshots are lost") from error
 
     def close(self) -> None:
         """Close the file. The memory stays mapped as long as somebody holds `data` of a slot."""

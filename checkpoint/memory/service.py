@@ -19,9 +19,10 @@ from types import FrameType
 from typing import Any
 
 from windlass.checkpoint.local_level import remove_local_level
+from windlass.checkpoint.memory.base import Base
 from windlass.checkpoint.memory.drive import Drive
 from windlass.checkpoint.memory.duty import Duty
-from windlass.checkpoint.memory.folder import NodeFolder, SnapshotProcess
+from windlass.checkpoint.memory.folder import KEEP_S, NodeFolder, SnapshotProcess
 from windlass.checkpoint.memory.garbage import collect_garbage
 from windlass.checkpoint.memory.hashing import Hasher
 from windlass.checkpoint.memory.header import State
@@ -41,6 +42,7 @@ TOUCH_S = 2.0  # between signs of life
 BUSY_S, IDLE_S = 0.002, 0.02  # between looks at slots
 ANSWER_S = 0.1  # for the answer to the request to end
 LANES = 8  # nodes told at once
+KEPT_S = 5 * KEEP_S  # a launcher that was silent for so long looks after nothing
 RETRY_S = 0.5
 REFRESH_S = 0.1  # between looks for segments
 DYING_S = 2.0  # the threads of a killed process are gone by then, and with them its port
@@ -130,6 +132,7 @@ class Service:
         settings: Settings,
         restored: tuple[int, int] | None,
         anchor: tuple[int, int] | None,
+        base: Base,
     ) -> None:
         """Begin to serve a generation, all of whose ranks have been restored. Once more: nothing happens.
 
@@ -158,8 +161,7 @@ class Service:
             settings.keep_in(self.folder)
             self.settings = settings
             self.slots.begin(generation, restored, anchor)
-            base = restored[1] if restored is not None else 0
-            self.folder.replace(self.folder.path / f"base-{generation}.json", json.dumps(base).encode())
+            self.folder.replace(self.folder.path / f"base-{generation}.json", json.dumps(base.dump()).encode())
             # Last: a successor that finds it takes everything above for done.
             self.folder.replace(self.folder.membership_path(generation), membership.dump().encode())
             self._serve(membership, base)
@@ -172,14 +174,12 @@ class Service:
         local_dir = Settings.read_from(self.folder).local_dir if local_dir is None else local_dir
         with self._drives:
             if local_dir != self.drive.local_dir:
-                self.drive.close()
                 self.drive = Drive(self.folder, local_dir)
             return self.drive
 
-    def _serve(self, membership: Membership, base: int) -> None:
-        node, job = self.folder.node, self.folder.job
+    def _serve(self, membership: Membership, base: Base) -> None:
         self.look_at_drive(self.settings.local_dir)
-        persister = Persister(self.folder, node, job, self.settings, log)
+        persister = Persister(self.folder, self.folder.node, self.settings, log)
         own = self._verbs.handle
         duty = Duty(self.folder, self.slots, membership, self.settings, base, persister, own, log)
         self.duty = duty.start()
@@ -217,8 +217,8 @@ class Service:
         path = self.folder.membership_path(generation)
         if path.exists():
             membership = Membership.parse(path.read_bytes(), str(path))
-            base = json.loads((self.folder.path / f"base-{generation}.json").read_bytes())
-            self._serve(membership, int(base))
+            base = Base.parse(json.loads((self.folder.path / f"base-{generation}.json").read_bytes()))
+            self._serve(membership, base)
             log(f"generation {generation} goes on at {self.served.host}:{self.served.port}")
 
     # -- hashing -----------------------------------------------------------------------------------------------------
@@ -275,7 +275,8 @@ class Service:
         self.folder.touch_lease()
         self.folder.write_smp(self.served)
         threading.Thread(target=self._hash_for_ever, name="snapshot-hash", daemon=True).start()
-        self._collect_garbage()
+        # Beside the rest: freeing much memory takes seconds, and a process that is silent that long counts as hanging.
+        threading.Thread(target=self._collect_garbage, name="snapshot-garbage", daemon=True).start()
         while not self._ending.wait(TOUCH_S / 4):
             if not self._is_mine():
                 log("the folder is gone: so is the node, as far as the job is concerned")
@@ -306,7 +307,8 @@ class Service:
         self._touched = time.monotonic()
         self.folder.touch_lease()
         beats = map(read_heartbeat, self.folder.beating().values())
-        if any(beat is not None and is_alive(beat.pid, beat.started) for beat in beats):
+        kept = self.folder.kept_age_s() < KEPT_S
+        if kept or any(beat is not None and is_alive(beat.pid, beat.started) for beat in beats):
             self._seen = self._touched
 
     def _is_mine(self) -> bool:

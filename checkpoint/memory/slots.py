@@ -18,7 +18,7 @@ from windlass.checkpoint.memory.membership import Membership
 from windlass.checkpoint.memory.segment import Segment, Slot
 from windlass.checkpoint.memory.stripes import DATA, PARITY
 from windlass.checkpoint.memory.votes import Decree
-from windlass.dist.errors import CheckpointError
+from windlass.dist.errors import CheckpointError, DamagedError
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,8 @@ class NodeSlots:
         self.folder, self._log = folder, log
         self._shelves: dict[int, Shelf] = {}  # by inode
         self._wanted: dict[tuple[str, int], int] | None = None  # bytes of a slot by role and rank
-        self._refused: set[int] = set()
+        self._refused: set[tuple[int, int]] = set()  # inode and change time: inodes are used again
+        self._unmapped: dict[int, str] = {}  # why, by inode
         self._headers: dict[Slot, tuple[int, SlotHeader | None]] = {}
         self._pins: Counter[tuple[int, int]] = Counter()
         self.on_unpinned: Callable[[], None] = lambda: None  # what a pin has kept may be freed now
@@ -59,26 +60,29 @@ class NodeSlots:
             found = {}
             for file in self.folder.segments():
                 try:
-                    inode = file.path.stat().st_ino
+                    status = file.path.stat()
+                    inode, version = status.st_ino, (status.st_ino, status.st_ctime_ns)
                     known = self._shelves.get(inode)
-                    if inode in self._refused:
+                    if version in self._refused:
                         continue
                     segment = known.segment if known else Segment.open(file.path, writable=True)
                     fills = self._wanted is None or self._wanted.get((file.role, file.rank)) == segment.slot_bytes
                     found[inode] = Shelf(segment, file.role, file.rank, not fills)
                 except FileNotFoundError:
                     continue
-                except CheckpointError as error:
-                    self._refused.add(inode)
+                except DamagedError as error:
+                    self._refused.add(version)
                     self._log(str(error))
+                except CheckpointError as error:  # tried again; told when it is something else
+                    if self._unmapped.get(inode) != str(error):
+                        self._unmapped[inode] = str(error)
+                        self._log(str(error))
             for inode in self._shelves.keys() - found.keys():
-                self._close(self._shelves[inode].segment)
+                self._shelves[inode].segment.close()
             self._shelves = found
-
-    def _close(self, segment: Segment) -> None:
-        for slot in segment.slots:
-            self._headers.pop(slot, None)
-        segment.close()
+            # Also what a thread has put back that was looking at a segment when it went: it would keep its memory.
+            open_slots = {slot for shelf in found.values() for slot in shelf.segment.slots}
+            self._headers = {slot: known for slot, known in dict(self._headers).items() if slot in open_slots}
 
     def shelves(self) -> list[Shelf]:
         """Return all segments that are open."""
@@ -230,12 +234,12 @@ class NodeSlots:
                 shelf.segment.path.unlink(missing_ok=True)
                 gone.append(shelf.segment.path.name)
                 del self._shelves[inode]
-                self._close(shelf.segment)
+                shelf.segment.close()
         return gone
 
     def close(self) -> None:
         """Let go of the memory. The files stay."""
         with self._lock:
             for shelf in self._shelves.values():
-                self._close(shelf.segment)
-            self._shelves = {}
+                shelf.segment.close()
+            self._shelves, self._headers = {}, {}

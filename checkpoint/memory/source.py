@@ -23,6 +23,7 @@ import xxhash
 from windlass.checkpoint.manifest import Manifest, StoredFile, StoredPiece, StoredTensor
 from windlass.checkpoint.memory.copies import Copy, Reach, Unusable, name_of
 from windlass.checkpoint.memory.decode import Decoder
+from windlass.checkpoint.memory.encode import member_facts
 from windlass.checkpoint.memory.inventory import Choice, Held
 from windlass.checkpoint.memory.layout import Layout
 from windlass.checkpoint.memory.membership import Membership
@@ -93,7 +94,9 @@ class MemorySource:
     are damaged, and those that could not be read all that time, unless they could be later.
     """
 
-    def __init__(self, choice: Choice, world: Membership, reach: Reach, *, rank: int = 0, timeout_s: float = 10.0):
+    def __init__(
+        self, choice: Choice, world: Membership, reach: Reach, *, rank: int = 0, timeout_s: float = 10.0
+    ) -> None:
         self.choice, self.world, self.rank, self.timeout_s = choice, world, rank, timeout_s
         self.place = f"step {choice.step} of generation {choice.generation} in memory"
         self._damaged: dict[Held, str] = {}
@@ -168,9 +171,9 @@ class MemorySource:
             if copy is not None:
                 return copy.header.facts
         for copy in self._parity_copies(rank):
-            found = copy.header.facts.get("members", {}).get(str(rank))
+            found = member_facts(copy.header.facts, rank)
             if found is not None:
-                return dict(found)
+                return found
         return None
 
     # -- bytes -------------------------------------------------------------------------------------------------------

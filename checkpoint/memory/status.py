@@ -53,6 +53,16 @@ class Status:
             raise CheckpointError(f"a status is malformed: {error}") from error
 
 
+@dataclass(frozen=True)
+class Flushed:
+    """A step that is durable. Units: bytes, seconds."""
+
+    step: int
+    place: str
+    num_bytes: int
+    seconds: float
+
+
 def status_of(process: Service) -> dict[str, Any]:
     """Return the status of a process as JSON."""
     generation = process.folder.read_generation()
@@ -92,7 +102,7 @@ def status_of(process: Service) -> dict[str, Any]:
     return out | {
         "leader": term.leader,
         "newest": newest,
-        "lag": max(max(finished, default=NOTHING) - max(decree.watermark, term.base), 0),
+        "lag": max(max(finished, default=NOTHING) - max(decree.watermark, term.base.step), 0),
         "skipped": decree.skipped,
         "dropped": term.ballot.num_dropped if term.ballot is not None else 0,
         "degraded": duty.degraded(),

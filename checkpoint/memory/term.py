@@ -10,10 +10,10 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 
-from windlass.checkpoint.memory.header import State
+from windlass.checkpoint.memory.base import Base
 from windlass.checkpoint.memory.membership import Membership
 from windlass.checkpoint.memory.settings import Settings
-from windlass.checkpoint.memory.votes import NOTHING, Ballot, Decree, Report
+from windlass.checkpoint.memory.votes import Ballot, Decree, Report
 from windlass.dist.errors import CheckpointError
 
 
@@ -21,7 +21,7 @@ class Term:
     """The state of a generation. Any thread; `on_commit(step)` is called under the lock of the term, so that what it
     pins is part of the very decree that carries the commit."""
 
-    def __init__(self, membership: Membership, node: str, settings: Settings, base: int) -> None:
+    def __init__(self, membership: Membership, node: str, settings: Settings, base: Base) -> None:
         self.membership, self.node, self.settings, self.base = membership, node, settings, base
         self.generation = membership.generation
         self.ranks = tuple(m.rank for m in membership.by_node.get(node, ()))
@@ -98,11 +98,6 @@ class Term:
                     f"step {step} was not protected within {timeout_s:.1f} s: waiting for {self._named(missing)}"
                 )
             return self._decree.watermark
-
-    def newest(self, state: State) -> int:
-        """Return the newest step that all ranks hold in a state, at the leader; NOTHING elsewhere."""
-        with self.changed:
-            return self.ballot.newest(state) if self.ballot else NOTHING
 
     def _named(self, ranks: list[int]) -> str:
         members = self.membership.members

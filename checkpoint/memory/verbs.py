@@ -6,12 +6,14 @@ Must not know: sockets, threads.
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from collections.abc import Callable
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
+from windlass.checkpoint.memory.base import Base
 from windlass.checkpoint.memory.fencing import fence
 from windlass.checkpoint.memory.header import SlotHeader, State
 from windlass.checkpoint.memory.membership import Membership
@@ -28,6 +30,7 @@ Answer = tuple[Fields, Any]
 OPEN = frozenset({"hello", "status", "fence", "adopt", "stop"})  # they say themselves which generation they speak for
 LONGEST_WAIT_S = 30.0
 LOOK_S = 0.002
+HOP_S = 3.0  # for the refusal of a leader: sooner than whoever asked gives up (client.ANSWER_S)
 
 
 class Verbs:
@@ -119,10 +122,14 @@ class Verbs:
         return {}, found[0].data[offset : offset + length].data
 
     def do_layout(self, fields: Fields, payload: memoryview) -> Answer:
-        digest = str(fields["digest"])
-        layout = self.folder.read_layout(digest) or self.process.drive.read_layout(digest)
+        digest, layout = str(fields["digest"]), None
+        path = self.folder.layout_path(digest)
+        with contextlib.suppress(CheckpointError):  # damaged: on the drive it may be whole
+            layout = self.folder.read_layout(digest)
+        layout = layout or self.process.drive.read_layout(digest)
         if layout is None:
-            raise CheckpointError(f"node {self.folder.node} does not have the layout {digest}")
+            how = "only damaged" if path.exists() else "not"
+            raise CheckpointError(f"node {self.folder.node} has the layout {digest} {how}")
         return {}, layout.dump()
 
     def do_membership(self, fields: Fields, payload: memoryview) -> Answer:
@@ -140,7 +147,7 @@ class Verbs:
         restored, anchor = (
             None if at is None else (int(at[0]), int(at[1])) for at in (fields.get("restored"), fields.get("anchor"))
         )
-        self.process.adopt(membership, Settings.parse(fields["settings"]), restored, anchor)
+        self.process.adopt(membership, Settings.parse(fields["settings"]), restored, anchor, Base.parse(fields["base"]))
         return {}, None
 
     def do_fence(self, fields: Fields, payload: memoryview) -> Answer:
@@ -205,10 +212,8 @@ class Verbs:
         while True:  # the leader may be in the middle of being replaced
             left = max(end - time.monotonic(), 0.1)
             try:
-                answer, _ = duty.peers.ask(
-                    duty.term.leader, "flush", {**fields, "deadline_s": left}, timeout_s=left + duty.peers.timeout_s
-                )
-                return answer, None
+                asked = {**fields, "deadline_s": left}
+                return duty.peers.ask(duty.term.leader, "flush", asked, timeout_s=left + HOP_S)[0], None
             except CheckpointError:
                 if time.monotonic() + 1.0 >= end or duty.term.leader not in duty.peers.silent():
                     raise

@@ -159,11 +159,12 @@ class Ballot:
         ]
 
     def newest(self, state: State) -> int:
-        """Return the newest step that every rank holds in this state or a later one."""
+        """Return the newest step that every rank holds in this state or a later one, and that was not given up."""
         if len(self.reports) < len(self.ranks):
             return NOTHING
         every = [{step for step, found in steps.items() if found >= state} for steps in self._held().values()]
-        return max(set.intersection(*every), default=NOTHING) if every else NOTHING
+        # A report is older than what its node has freed since: a step that was given up may look whole once more.
+        return max(set.intersection(*every) - self.dropped, default=NOTHING) if every else NOTHING
 
     def _held(self) -> dict[int, Mapping[int, int]]:
         return {rank: steps for report in self.reports.values() for rank, steps in report.held.items()}

@@ -21,7 +21,7 @@ from windlass.checkpoint.memory.heartbeat import Beat, Phase, is_alive, read_hea
 from windlass.checkpoint.memory.settings import Settings
 
 MEDIANS = 5  # a step may take this many times the usual
-STACKS_S = 2.0  # for the ranks to write where they are
+STACKS_S = 5.0  # for the ranks to write where they are
 KILL_S = 5.0
 STARVED_S = 5.0  # between two looks: then this process did not run either, and silence proves nothing
 
@@ -135,7 +135,10 @@ class Watchdog:
                 "stacks": str(stacks_path(self.settings, self.generation, rank)),
                 "when": time.time(),
             }
-            self.folder.replace(self.folder.verdict_path(rank), json.dumps(verdict).encode())
+            try:
+                self.folder.replace(self.folder.verdict_path(rank), json.dumps(verdict).encode())
+            except OSError as error:  # no room for it: a rank that hangs ends all the same
+                self._log(f"the verdict on rank {rank} could not be kept: {error}")
         left = pids.kill([(beat.pid, beat.started) for beat in beats.values()], KILL_S)
         if left:
             self._log(f"processes {left} hang in the kernel and cannot be killed: node {self.folder.node} is lost")

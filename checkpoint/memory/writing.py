@@ -9,6 +9,7 @@ import json
 import re
 import threading
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -39,6 +40,7 @@ class Persister(Protocol):
         membership: Membership,
         data: dict[int, Slot],
         parity: dict[int, Slot],
+        come_further: Callable[[], None],
     ) -> dict[str, Any]: ...
 
     def commit(
@@ -53,7 +55,7 @@ class Persister(Protocol):
 
     def abandon(self, level: str, temporary: str) -> None: ...
 
-    def newest(self, level: str) -> int | None: ...
+    def retire(self, step: int, generation: int) -> None: ...
 
     def hurry(self) -> None: ...
 
@@ -64,11 +66,25 @@ class Persister(Protocol):
 
 @dataclass
 class _Task:
+    step: int
     asked: str
     temporary: str  # what is removed if nothing comes of it: "" where that is not this node's, or does not exist yet
+    moved: int = 0  # grows whenever it has come further
+    given_up: bool = False
+    pin: ExitStack = field(default_factory=ExitStack)  # keeps the slots of the step
+    settling: threading.Lock = field(default_factory=threading.Lock)  # while it is decided what becomes of its folder
     ended: threading.Event = field(default_factory=threading.Event)
     rows: dict[str, Any] = field(default_factory=dict)
     problem: str = ""
+
+    def come_further(self) -> None:
+        if self.given_up:
+            raise CheckpointError(f"step {self.step} was given up while it was written")
+        self.moved += 1
+
+    def give_up(self) -> None:
+        self.given_up = True
+        self.pin.close()
 
 
 class Writing:
@@ -84,7 +100,7 @@ class Writing:
     ) -> None:
         self.membership, self.node, self.persister = membership, node, persister
         self._slots, self._log = slots, log
-        self._tasks: dict[tuple[str, int], _Task] = {}
+        self._tasks: dict[str, _Task] = {}  # by level, the newest
         self._lock = threading.Lock()
 
     def start(self, level: str, step: int, temporary: str) -> dict[str, Any]:
@@ -96,40 +112,42 @@ class Writing:
         if level not in LEVELS or not _NAME.fullmatch(temporary):  # it will be written to, and perhaps removed
             raise CheckpointError(f"node {self.node}: nothing is written to level {level!r}, folder {temporary!r}")
         with self._lock:
-            known = self._tasks.get((level, step))
-            if known is not None and known.asked == temporary:
+            known = self._tasks.get(level)
+            if known is not None and (known.step, known.asked) == (step, temporary):
                 return {}
-            if known is not None and not known.ended.is_set():
+            if known is not None and not known.ended.is_set():  # what is begun now would remove its files
                 raise CheckpointError(
-                    f"node {self.node} is still writing step {step}, for an attempt that was given up"
+                    f"node {self.node} is still writing step {known.step}, for an attempt that was given up"
                 )
-            task = _Task(temporary, "" if level == LOCAL else temporary)
-            threading.Thread(
-                target=self._write, args=(level, step, task), name=f"snapshot-{level}", daemon=True
-            ).start()
-            self._tasks[level, step] = task
+            task = self._tasks[level] = _Task(step, temporary, "" if level == LOCAL else temporary)
+            task.pin.enter_context(self._slots.pinned(self.membership.generation, step))
+            threading.Thread(target=self._write, args=(level, task), name=f"snapshot-{level}", daemon=True).start()
             return {}
 
-    def _write(self, level: str, step: int, task: _Task) -> None:
-        generation = self.membership.generation
+    def _write(self, level: str, task: _Task) -> None:
+        generation, step = self.membership.generation, task.step
         try:
-            with self._slots.pinned(generation, step):
-                data, parity = self._of(step, DATA), self._of(step, PARITY)
-                missing = [m.rank for m in self.membership.by_node[self.node] if m.rank not in data]
-                if missing:
-                    raise CheckpointError(f"ranks {missing} of node {self.node} hold no protected step {step}")
-                if level == LOCAL:
-                    task.temporary = self.persister.begin(level, step, generation, self.membership)
-                task.rows = self.persister.prepare(
-                    level, step, generation, task.temporary, self.membership, data, parity
-                )
+            data, parity = self._of(step, DATA), self._of(step, PARITY)
+            missing = [m.rank for m in self.membership.by_node[self.node] if m.rank not in data]
+            if missing:
+                raise CheckpointError(f"ranks {missing} of node {self.node} hold no protected step {step}")
+            if level == LOCAL:
+                task.temporary = self.persister.begin(level, step, generation, self.membership)
+            task.rows = self.persister.prepare(
+                level, step, generation, task.temporary, self.membership, data, parity, task.come_further
+            )
         except (CheckpointError, OSError) as error:
             task.problem = f"node {self.node}: {error}"
         except Exception as error:
             task.problem = f"node {self.node}: {type(error).__name__}: {error}"
             self._log(f"writing step {step} to {level} failed: {task.problem}")
         finally:
+            self._unpin(task)
             task.ended.set()
+
+    def _unpin(self, task: _Task) -> None:
+        with self._lock:
+            task.pin.close()
 
     def _of(self, step: int, role: str) -> dict[int, Slot]:
         at = (self.membership.generation, step)
@@ -139,41 +157,58 @@ class Writing:
             if (h.generation, h.step) == at and h.state >= State.ENCODED
         }
 
+    def _task(self, level: str, step: int) -> _Task | None:
+        task = self._tasks.get(level)
+        return task if task is not None and task.step == step else None
+
     def poll(self, level: str, step: int) -> tuple[dict[str, Any], bytes | None]:
         """Say how far a step is, as soon as it has ended: `done` with `rows`, or a `problem`; not `known` to a process
-        that was started since.
+        that was started since. `moved` grows as long as it comes further.
 
         Blocks: host, at most ANSWER_S
         """
-        task = self._tasks.get((level, step))
+        task = self._task(level, step)
         if task is None:
             return {"known": False}, None
         done = task.ended.wait(ANSWER_S)
         rows = json.dumps(task.rows).encode() if done else None  # as payload: a row may be of megabytes
-        return {"known": True, "done": done, "problem": task.problem if done else ""}, rows
+        return {"known": True, "done": done, "moved": task.moved, "problem": task.problem if done else ""}, rows
 
     def commit_local(self, step: int) -> dict[str, Any]:
         """Make what this node has written to its drives count."""
-        generation = self.membership.generation
-        with self._lock:
-            task = self._tasks.get((LOCAL, step))
-            if task is None or not task.ended.is_set() or task.problem:
-                raise CheckpointError(f"node {self.node} has not written step {step} to its drives")
+        generation, task = self.membership.generation, self._task(LOCAL, step)
+        if task is None or not task.ended.is_set() or task.problem:
+            raise CheckpointError(f"node {self.node} has not written step {step} to its drives")
+        with task.settling:
             if task.temporary:
-                place = self.persister.commit(
-                    LOCAL, step, generation, task.temporary, {self.node: task.rows}, self.membership
-                )
+                rows = {self.node: task.rows}
+                place = self.persister.commit(LOCAL, step, generation, task.temporary, rows, self.membership)
                 self._log(f"step {step} is in {place}")
                 task.temporary = ""
         return {}
 
     def forget(self, level: str, step: int) -> dict[str, Any]:
-        """Drop what is known of a step that is done or given up; local files that do not count yet go with it."""
+        """Drop what is known of a step that is done or given up; local files that do not count yet go with it.
+
+        What is being written keeps no slot any more and stops with its next part; where that is filled anew before, it
+        notices.
+        """
         with self._lock:
-            task = self._tasks.get((level, step))
-            if task is None or not task.ended.is_set():
+            task = self._task(level, step)
+            if task is None:
                 return {}
-            del self._tasks[level, step]
-        if level == LOCAL and task.temporary:
-            self.persister.abandon(level, task.temporary)
+            task.give_up()
+            if not task.ended.is_set():
+                return {}
+            del self._tasks[level]
+        with task.settling:
+            if level == LOCAL and task.temporary:
+                self.persister.abandon(level, task.temporary)
+                task.temporary = ""
         return {}
+
+    def stop(self) -> None:
+        """Give up what is under way, because a newer generation has begun: its leader waits for none of it."""
+        with self._lock:
+            for task in self._tasks.values():
+                task.give_up()

@@ -60,7 +60,8 @@ def drill(
     }
     config = replace(config, recovery=replace(config.recovery, **enough))
     loaded = replace(loaded, config=config)
-    check_job(loaded, config.launch.workers)
+    # What only a run needs is at the nodes of a cluster, not necessarily here.
+    check_job(loaded, config.launch.workers, to_run=ray in ("", "local"))
     nodes = tuple(node_names(config.launch)) if ray in ("", "local") else ()
     has = Targets(config.launch.workers, config.train.steps, uses_snapshots(loaded), bool(ray), nodes)
     check_strikes(strikes, has)

@@ -23,7 +23,7 @@ With recovery.max_restarts, workers are started again in place after a failure; 
 
 Examples:
 
-    windlass train tiny train.steps=100
+    windlass train quickstart train.steps=100
 
     windlass train job.yaml launch.workers=2 --zero.stage=3
 
@@ -124,7 +124,12 @@ def launch_in_ray(
     loaded: Loaded, *, address: str, num_nodes: int = 0, spread: bool = False, strikes: Sequence[Strike] = ()
 ) -> int:
     """Run a checked job in a Ray cluster, with a controller where it needs one, and return its exit code."""
-    from windlass.launch.check_recovery import check_without_controller, uses_snapshots
+    from windlass.launch.check_recovery import (
+        check_controlled,
+        check_shared_devices,
+        check_without_controller,
+        uses_snapshots,
+    )
     from windlass.launch.generation import highest_generation
     from windlass.launch.local_run import needs_controller, patience_of, prepared
     from windlass.launch.ray.driver import Recovering, launch_recovering
@@ -135,6 +140,8 @@ def launch_in_ray(
     num_nodes = num_nodes or config.launch.nodes
     if not needs_controller(loaded):
         check_without_controller(loaded, ray=True)
+        if address == "local":
+            check_shared_devices(loaded, num_nodes)
         return launch_ray(
             worker_command(loaded),
             config.launch,
@@ -143,6 +150,7 @@ def launch_in_ray(
             spread=spread,
             device=config.train.device,
         )
+    check_controlled(loaded, num_nodes, emulated=address == "local")
     loaded, limits = prepared(loaded)
     recovering = Recovering(
         run=Path(config.train.run_dir).resolve(),

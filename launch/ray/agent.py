@@ -7,6 +7,7 @@ outlive all of that. Must not know: other nodes, when workers are started again.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import threading
@@ -21,6 +22,7 @@ import ray
 from windlass.checkpoint.memory import pids
 from windlass.checkpoint.memory.folder import NodeFolder
 from windlass.checkpoint.memory.heartbeat import process_started
+from windlass.dist import env
 from windlass.dist.errors import CheckpointError
 from windlass.launch.ray import records
 
@@ -47,10 +49,11 @@ class NodeAgent:
 
     def __init__(self, site: Site) -> None:
         self._site = site
-        self._folder = site.folder.create(site.token)
+        self._folder = site.folder
         self._raylet = os.getppid()
         records.end([r for r in records.recorded(self._folder) if r.path.stem == "agent"], KILL_S)  # it may hang
-        self._memory = _memory(site)
+        self._memory = _memory(site)  # forgets a run whose folder was begun anew, which its token tells
+        self._folder.create(site.token)
         self._struck = False
         self._busy = threading.Lock()
         self._heard = time.monotonic()
@@ -59,6 +62,9 @@ class NodeAgent:
 
     def _watch(self) -> None:
         while not self._struck:
+            if self._memory is None:  # else the lease tells whether the snapshot process lives
+                with contextlib.suppress(OSError):
+                    self._folder.touch_lease()
             alone = os.getppid() != self._raylet or time.monotonic() - self._heard > self._site.lease_s
             if alone and not self._struck:
                 records.end([r for r in records.recorded(self._folder) if r.pid != os.getpid()], KILL_S)
@@ -78,6 +84,10 @@ class NodeAgent:
         """Return what people should hear."""
         self.beat()
         return [] if self._memory is None else self._memory.tend()
+
+    def domain(self) -> str:
+        """Return the failure domain that the environment of this node names; empty if it names none."""
+        return env.get("WINDLASS_DOMAIN")
 
     def fence(self, generation: int, anew: bool = False) -> None:
         """Let nothing of an older generation change anything here, and have a snapshot process.

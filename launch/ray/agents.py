@@ -6,6 +6,8 @@ process on it no longer listens, or when nothing on it has answered for BEAT_S x
 
 from __future__ import annotations
 
+import contextlib
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -13,12 +15,12 @@ from dataclasses import dataclass
 from typing import Any, final
 
 import ray
-from ray.exceptions import GetTimeoutError, RayActorError, RayError
+from ray.exceptions import RayActorError, RayError
 
 from windlass.dist.errors import ConfigError
 from windlass.launch.ray.agent import NodeAgent, Site
 from windlass.launch.ray.beats import BEAT_S
-from windlass.launch.ray.places import Place, Places
+from windlass.launch.ray.places import Place, Places, refusing
 from windlass.launch.ray.wishes import Wishes, actor_on, cause_of
 from windlass.launch.supervisor import check_stop
 
@@ -30,10 +32,11 @@ GONE = "Ray's process on it is gone"
 
 @dataclass
 class _Agent:
-    """The agent of a place, and the call to it that is under way since `since`."""
+    """The agent of a place, its answer which domain that is in, and the call to it that is under way since `since`."""
 
     handle: Any
     node_id: str
+    domain: Any
     call: Any = None
     since: float = 0.0
     patience: float = BEAT_S * BEATS
@@ -50,6 +53,8 @@ class Agents:
         self._wishes, self._places = wishes, places
         self._agents: dict[str, _Agent] = {}
         self._dropped: Counter[str] = Counter()
+        self._anew: set[str] = set()  # nodes that were lost and have not been fenced since
+        self._refused: dict[str, str] = {}  # why nodes could not be fenced, as people have heard
         self._beaten = 0.0
 
     def __contains__(self, name: str) -> bool:
@@ -67,7 +72,7 @@ class Agents:
             site = Site(wishes.folder(place.name), wishes.token, wishes.snapshots, wishes.local_dir, wishes.lease_s)
             name = f"agent-{place.name}-{self._dropped[place.name]}"  # one that hangs keeps its name
             handle = actor_on(place, NodeAgent, wishes.job, name, {}).remote(site)
-            known = self._agents[place.name] = _Agent(handle, place.node_id)
+            known = self._agents[place.name] = _Agent(handle, place.node_id, handle.domain.remote())
         return known
 
     def _drop(self, name: str) -> None:
@@ -78,11 +83,13 @@ class Agents:
     def begin_fence(self, place: Place, generation: int) -> None:
         """Have the agent of a place, and let it fence; `tend` sees what comes of it. What was lost begins anew."""
         agent = self._on(place)
-        agent.ask(agent.handle.fence.remote(generation, bool(place.lost)), FENCE_S)
+        if place.lost:
+            self._anew.add(place.name)
+        agent.ask(agent.handle.fence.remote(generation, place.name in self._anew), FENCE_S)
         place.lost = ""
 
     def fence(self, places: Sequence[Place], generation: int) -> None:
-        """Fence nodes, all at once; those where that fails count as lost.
+        """Fence nodes, all at once; those where that fails count as lost, and people hear why.
 
         Blocks:      host, at most FENCE_S
         Raises:      Stopped, if waits were made interruptible
@@ -97,25 +104,37 @@ class Agents:
                 place, agent = self._places[name], self._agents[name]
                 ready, _ = ray.wait([agent.call], timeout=0.02)
                 try:
-                    if not place.alive or time.monotonic() - agent.since > FENCE_S:
-                        place.lost = place.lost or "its agent does not answer"
+                    if not place.alive:
+                        place.lost = "Ray says that it is gone"
+                    elif time.monotonic() - agent.since > FENCE_S:
+                        place.lost = "its agent does not answer"
                     elif not ready:
                         continue
                     else:
                         ray.get(agent.call)
-                except RayActorError:
+                        place.told(ray.get(agent.domain, timeout=ANSWER_S))
+                        self._anew.discard(name)
+                except RayActorError as exc:
                     tries[name] += 1
                     self._drop(name)
-                    if tries[name] < BEATS and place.answers():
+                    answers = place.answers()
+                    if answers and not exc.actor_init_failed and tries[name] < BEATS:
                         self.begin_fence(place, generation)
                         continue
-                    place.lost = GONE
+                    place.lost = cause_of(exc) if answers else GONE
                 except RayError as exc:
                     place.lost = cause_of(exc)
                 del tries[name]
                 agent.call = None
                 if place.lost and name in self._agents:
                     self._drop(name)
+                self._tell_refused(place)
+
+    def _tell_refused(self, place: Place) -> None:
+        """Let people hear why a node could not be fenced, once for each reason."""
+        if place.lost and self._refused.get(place.name) != place.lost:
+            print(f"windlass: {place.name} cannot be used: {place.lost}", file=sys.stderr, flush=True)
+        self._refused[place.name] = place.lost
 
     def tend(self, generation: int, answers: Callable[[Place], bool]) -> list[str]:
         """Listen to every agent, ask it once in BEAT_S, and return news. `answers`: something else of a node does.
@@ -160,17 +179,20 @@ class Agents:
         return [f"agent of {name} replaced"]
 
     def flush(self, names: Sequence[str], deadline_s: float) -> int | None:
-        """Ask agents in this order to make the newest common step durable, and return it."""
+        """Ask agents in this order to make the newest common step durable, and return it.
+
+        Each has a share of the time before the next one is asked as well: one that hangs costs the others only that,
+        and one that is slow goes on, because nodes that are asked at once share the work.
+        """
         until = time.monotonic() + deadline_s
-        for name in names:
-            left = until - time.monotonic()
-            if left <= 0 or name not in self._agents or not self._places[name].usable:
-                continue
-            try:
-                step: int | None = ray.get(self._agents[name].handle.flush.remote(left), timeout=left)
-            except (RayError, GetTimeoutError):
-                continue
-            if step is not None:
+        places = [self._places[name] for name in names if name in self._agents and self._places[name].usable]
+        gone = refusing(places)
+        asked = [place for place in places if place not in gone]
+        calls: list[Any] = []
+        for number, place in enumerate(asked):
+            left = max(until - time.monotonic(), 0.0)
+            calls.append(self._agents[place.name].handle.flush.remote(left))
+            if (step := _first_step(calls, left / (len(asked) - number))) is not None:
                 return step
         return None
 
@@ -191,7 +213,7 @@ class Agents:
                     self._drop(place.name)
                     if place.answers():
                         todo.append(place)
-                except (RayError, GetTimeoutError):
+                except RayError:
                     continue  # what is left there ends with its lease
         for agent in self._agents.values():
             ray.kill(agent.handle)
@@ -205,7 +227,7 @@ class Agents:
         if place.usable:
             try:
                 ray.get(self._on(place).handle.beat.remote(), timeout=ANSWER_S)
-            except (RayError, GetTimeoutError):  # struck before
+            except RayError:  # struck before
                 self._drop(place.name)
                 self.fence([place], generation)
         if place.name not in self._agents or not place.usable:
@@ -216,5 +238,17 @@ class Agents:
         try:
             if not ray.get(call, timeout=ANSWER_S):
                 raise ConfigError(f"--kill {kind}={place.name}: no snapshot process runs there now")
-        except (RayError, GetTimeoutError) as exc:
+        except RayError as exc:
             raise ConfigError(f"--kill {kind}={place.name}: its agent does not answer ({cause_of(exc)})") from exc
+
+
+def _first_step(calls: list[Any], timeout_s: float) -> int | None:
+    """Wait for the first of these calls that returns a step; those that end without one are taken off the list."""
+    until = time.monotonic() + timeout_s
+    while calls and (ready := ray.wait(calls, timeout=max(until - time.monotonic(), 0.0))[0]):
+        calls.remove(ready[0])
+        with contextlib.suppress(RayError):
+            step: int | None = ray.get(ready[0])
+            if step is not None:
+                return step
+    return None

@@ -14,7 +14,6 @@ import secrets
 import threading
 import time
 from collections import deque
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -44,7 +43,6 @@ class RayJob:
     limits: Limits
     floor: int = 0
     patience: Patience = field(default_factory=Patience)
-    variables: Mapping[str, str] = field(default_factory=dict)
     strikes: tuple[Strike, ...] = ()
     lease_s: float = 30.0
 
@@ -169,7 +167,6 @@ class JobController:
                 job.limits,
                 job.patience,
                 job.run,
-                variables=job.variables,
                 strikes=job.strikes,
                 launch=job.launch,
             ).run(self._stop)

@@ -9,7 +9,7 @@ import contextlib
 import secrets
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -55,7 +55,6 @@ class Recovering:
     base: str = "/dev/shm"
     local_dir: str = ""
     strikes: tuple[Strike, ...] = ()
-    variables: Mapping[str, str] = field(default_factory=dict)
     fork_server: bool = False
     floor: int = 0  # the newest generation that others than the run folder have heard of
     lease_s: float = 30.0
@@ -108,7 +107,6 @@ def launch_recovering(
             wishes=wishes,
             limits=recovering.limits,
             patience=recovering.patience,
-            variables=recovering.variables,
             strikes=recovering.strikes,
             lease_s=recovering.lease_s,
         )

@@ -97,24 +97,26 @@ class RayFleet:
     def nodes(self) -> Sequence[Node]:
         self._places.refresh()
         room, draining = self._places.room(), self._places.draining()
-        alive = sum(place.usable for place in self._places.all())
+        rooms = {place.name: room.get(place.name, 0) + self._held(place) for place in self._places.all()}
+        usable = [rooms[place.name] for place in self._places.all() if place.usable]
         wishes = self._wishes
-        return [
+        nodes = [
             Node(
                 place.name,
                 place.domain,
                 slots_of_node(
-                    room.get(place.name, 0) + self._held(place),
+                    rooms[place.name],
                     wishes.config.workers,
                     num_nodes=wishes.num_nodes,
                     spread=wishes.spread,
-                    alive=alive,
+                    rooms=usable,
                 ),
                 alive=place.usable,
                 drain_deadline=draining.get(place.name),
             )
             for place in self._places.all()
         ]
+        return sorted(nodes, key=lambda node: -node.slots)  # filled in this order, so that few are used
 
     def _held(self, place: Place) -> int:
         """Return how many of our actors hold room of a node."""

@@ -5,7 +5,7 @@ Must not know Ray: nodes are names with numbers.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from windlass.dist.errors import PlanError
@@ -58,11 +58,19 @@ def plan_placement(num_workers: int, *, num_nodes: int, spread: bool, gpu: bool)
     return Placement(strategy, (bundle,) * num_nodes, tuple(w // per_node for w in range(num_workers)), worker)
 
 
-def slots_of_node(room: int, num_workers: int, *, num_nodes: int, spread: bool, alive: int) -> int:
-    """Return how many of the workers a node with this room takes, of `alive` nodes: the same wishes as above."""
+def slots_of_node(room: int, num_workers: int, *, num_nodes: int, spread: bool, rooms: Iterable[int]) -> int:
+    """Return how many of the workers a node with this room takes; `rooms`: those of all nodes that can be used.
+
+    The same wishes as above. Spread out, no node takes more than it must for all to have a place.
+    """
     if num_nodes:
-        return min(room, num_workers // num_nodes)
-    return min(room, -(-num_workers // max(alive, 1))) if spread else room
+        each = num_workers // num_nodes
+        return each if room >= each else 0
+    if not spread:
+        return room
+    rooms = list(rooms)
+    enough = (share for share in range(1, num_workers) if sum(min(has, share) for has in rooms) >= num_workers)
+    return min(room, next(enough, num_workers))
 
 
 def check_fits(placement: Placement, nodes: Mapping[str, Mapping[str, float]]) -> None:

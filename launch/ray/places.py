@@ -13,21 +13,23 @@ import selectors
 import socket
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, final
 
 import ray
 from ray._private.state import available_resources_per_node
 from ray._private.state import state as ray_state
 
-DOMAIN_LABEL = "windlass/domain"  # of a Ray node (`ray start --labels`): what fails together; by default the host
+DOMAIN_LABEL = "windlass/domain"  # of a Ray node (`ray start --labels`): what fails together
 PROBE_S = 1.0
 REFUSE_S = 0.05
 
 
 @dataclass
 class Place:
-    """One node under its name. `lost`: somebody found out before Ray did, and said why."""
+    """One node under its name. `labelled`: its label names its domain; `lost`: somebody found out before Ray did, and
+    said why.
+    """
 
     name: str
     domain: str
@@ -37,11 +39,16 @@ class Place:
     resources: dict[str, float]
     alive: bool = True
     lost: str = ""
-    actors: list[Any] = field(default_factory=list)
+    labelled: bool = False
 
     @property
     def usable(self) -> bool:
         return self.alive and not self.lost
+
+    def told(self, domain: str) -> None:
+        """Take the domain that the node's own environment names (empty: none), unless its label names one."""
+        if domain and not self.labelled:
+            self.domain = domain
 
     def answers(self) -> bool:
         """Ask whether Ray's process on this node still listens. No is certain; yes may be a node that hangs."""
@@ -94,10 +101,6 @@ class Places:
     def all(self) -> list[Place]:
         return list(self._places.values())
 
-    def named(self, node_id: str) -> Place | None:
-        """Return the place of a node by Ray's id of it."""
-        return next((place for place in self._places.values() if place.node_id == node_id), None)
-
     def remember(self, name: str) -> None:
         """Know a node of an earlier controller that Ray no longer shows: it is lost."""
         if name not in self._places:
@@ -115,14 +118,15 @@ class Places:
             if known is not None and known.node_id == entry["NodeID"]:
                 continue
             if self._fits(entry["Resources"]):
-                labels = entry.get("Labels", {})
+                label = entry.get("Labels", {}).get(DOMAIN_LABEL)
                 self._places[name] = Place(
                     name,
-                    labels.get(DOMAIN_LABEL) or entry["NodeManagerHostname"],
+                    label or entry["NodeManagerHostname"],
                     entry["NodeID"],
                     entry["NodeManagerAddress"],
                     entry["NodeManagerPort"],
                     entry["Resources"],
+                    labelled=bool(label),
                 )
 
     def _fits(self, resources: dict[str, float]) -> bool:

@@ -61,9 +61,9 @@ def recorded(folder: NodeFolder) -> list[Recorded]:
     return found
 
 
-def workers(folder: NodeFolder, *, older_than: int | None = None) -> list[Recorded]:
-    """Return the workers that were written down, of every generation or of older ones."""
-    return [r for r in recorded(folder) if r.rank >= 0 and (older_than is None or r.generation < older_than)]
+def workers(folder: NodeFolder, *, older_than: int) -> list[Recorded]:
+    """Return the workers that were written down, of generations before this one."""
+    return [r for r in recorded(folder) if r.rank >= 0 and r.generation < older_than]
 
 
 def end(processes: list[Recorded], timeout_s: float) -> list[int]:

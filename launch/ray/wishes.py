@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
+from ray.exceptions import RayActorError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from windlass.checkpoint.memory.folder import NodeFolder
@@ -72,5 +73,8 @@ def actor_on(place: Place, kind: type, job: str, name: str, takes: Mapping[str, 
 
 
 def cause_of(exc: BaseException) -> str:
-    """Return the first line of what really happened: Ray wraps it."""
+    """Return what really happened in one line: Ray wraps it."""
+    if isinstance(exc, RayActorError) and exc.actor_init_failed:  # all that is left of it is the text of a traceback
+        kind, _, message = str(exc).strip().rpartition("\n")[2].partition(": ")
+        return message or kind
     return str(getattr(exc, "cause", None) or exc).strip().partition("\n")[0]

@@ -36,6 +36,7 @@ from windlass.launch.local import (
     LineReader,
     WorkerCommand,
     WorkerProcess,
+    does_not_end,
     num_cores,
     send_to_group,
     spawn,
@@ -98,7 +99,7 @@ class WorkerActor:
     """
 
     def __init__(self, lease_s: float = 0.0, fork_server: bool = False) -> None:
-        self._folder = Path(tempfile.mkdtemp(prefix="windlass-"))
+        self._files = Path(tempfile.mkdtemp(prefix="windlass-"))
         self._lines: deque[Line] = deque(maxlen=MAX_LINES)
         self._number = 0
         self._process: WorkerProcess | None = None
@@ -124,7 +125,7 @@ class WorkerActor:
             if self._node is not None:
                 records.abandon(self._node)
         finally:
-            shutil.rmtree(self._folder, ignore_errors=True)
+            shutil.rmtree(self._files, ignore_errors=True)
             os._exit(0)  # Ray does not start this actor again
 
     def beat(self) -> Job:
@@ -145,7 +146,12 @@ class WorkerActor:
         """Return a file for workers of this node and a port that is free on it for workers of several."""
         with socket.socket() as probe:
             probe.bind(("", 0))
-            return f"file://{self._folder}/store-{generation}", int(probe.getsockname()[1])
+            return f"file://{self._folder()}/store-{generation}", int(probe.getsockname()[1])
+
+    def _folder(self) -> Path:
+        """Return the folder of this actor's files, made again if somebody has tidied up /tmp."""
+        self._files.mkdir(0o700, exist_ok=True)
+        return self._files
 
     def start(
         self,
@@ -158,7 +164,7 @@ class WorkerActor:
     ) -> None:
         """Start a worker, after the end of the one before, and pass on the streams named in `show`."""
         self.beat()
-        report = self._folder / "failure.json"
+        report = self._folder() / "failure.json"
         with self._starting:
             self._end()
             with self._changed:
@@ -203,7 +209,8 @@ class WorkerActor:
         self.send(signal.SIGKILL)
         with self._changed:
             if not self._changed.wait_for(lambda: self._process is None or self._code is not None, END_S):
-                raise WorkerError(f"a process of {self._job} has been killed and does not end")
+                assert self._process is not None
+                raise WorkerError(f"rank {self._job.rank}: {does_not_end(self._process.pid)}")
 
     def _keep(self, stream: str, text: str) -> None:
         with self._changed:
@@ -251,7 +258,7 @@ class WorkerActor:
     def clean(self) -> None:
         """End the worker and remove this actor's files, once no worker of the run needs them."""
         self.send(signal.SIGKILL)
-        shutil.rmtree(self._folder, ignore_errors=True)
+        shutil.rmtree(self._files, ignore_errors=True)
 
 
 def forwarded() -> dict[str, str]:

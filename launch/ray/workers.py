@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from ray.exceptions import RayActorError
+from ray.exceptions import RayActorError, RayError, RayTaskError
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from windlass.dist.errors import WorkerError
@@ -86,6 +86,11 @@ class RayWorkers:
                 if rank in self._gone:
                     continue  # somebody knows better why
                 exits.append(_killed(rank, self._died(rank, str(exc).partition("\n")[0])))
+                continue
+            except RayTaskError:  # a mistake in the actor itself, which would make it again
+                raise
+            except RayError:  # the answer was lost with the node that had it; the actor has the lines, if it lives
+                self._poll(rank)
                 continue
             self.heard[rank] = time.monotonic()
             for line in polled.lines:

@@ -52,7 +52,7 @@ class Command:
                         return int(entry["step"])
         return 0
 
-    def until(self, step: int, timeout_s: float = 60.0) -> None:
+    def until(self, step: int, timeout_s: float = 150.0) -> None:
         """Wait until a step is done."""
         until(lambda: self.last_step() >= step or self.process.poll() is not None, timeout_s)
         assert self.process.poll() is None, self.output()
@@ -77,8 +77,9 @@ class Command:
 
     def end(self) -> None:
         """Kill whatever of this run is still there."""
-        with suppress(ProcessLookupError):
-            os.killpg(self.process.pid, signal.SIGKILL)
+        if self.process.poll() is None:  # else its number may be another's by now
+            with suppress(ProcessLookupError):
+                os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
         for folder in self.nodes():
             beats = [b for path in folder.beating().values() if (b := read_heartbeat(path)) is not None]
@@ -126,7 +127,7 @@ class Commands:
         self.started.append(Command(run, memory, steps, process))
         return self.started[-1]
 
-    def told(self, command: Command, timeout_s: float = 60.0) -> Told:
+    def told(self, command: Command, timeout_s: float = 150.0) -> Told:
         """Wait for the end of a run and return how it went."""
         code = command.process.wait(timeout_s)
         return Told(command.run, code, command.output(), command.steps, self.lab.left(command.memory))

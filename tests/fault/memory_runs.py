@@ -10,7 +10,7 @@ What goes wrong is said in one of four ways:
     between={2: function}                                    when generation 1 is over, before 2 is fenced off
 
 `hold(step)` is a fault that stops rank 0 before the step after it, so that strikes meet a run that stands still there.
-The workers of such runs are those of tests/fault/paced.py.
+The workers of such runs are those of tests/fault/paced.py: training stands still until an `Act` is over.
 """
 
 from __future__ import annotations
@@ -53,9 +53,10 @@ from windlass.launch.node_memory import NodeMemory
 from windlass.launch.worker import worker_command
 
 STEPS = 12
-GONE_S = 5.0
+GONE_S = 20.0
 LOOK_S = 0.01
-RUN_S = 90.0  # a run that takes longer is ended, and its test fails with what was said
+ANSWER_S = 60.0
+RUN_S = 150.0  # a run that takes longer is ended, and its test fails with what was said
 JOB = f"""
 model: {{vocab_size: 257, hidden_size: 32, num_layers: 2, num_heads: 2, max_seq_len: 32, tie_embeddings: true}}
 train: {{steps: {STEPS}, seq_len: 32, micro_batch: 2, global_batch: {BATCH}, eval_batches: 1}}
@@ -65,7 +66,7 @@ launch: {{threads: 1}}
 metrics: {{tensorboard: false}}
 """
 PROTECTED = ("snapshot.every=1", "snapshot.slots=3", "snapshot.chunk_bytes=16384", "snapshot.bucket_bytes=65536")
-PROTECTED += ("snapshot.peer_timeout_s=3", "checkpoint.mode=lazy", "recovery.max_restarts=8", "recovery.replace_s=0")
+PROTECTED += ("snapshot.peer_timeout_s=20", "checkpoint.mode=lazy", "recovery.max_restarts=8", "recovery.replace_s=0")
 PROTECTED += ("recovery.node_failures=99",)
 
 
@@ -76,7 +77,9 @@ def hold(step: int, *, generation: int = 1, rank: int = 0) -> str:
 
 @dataclass(frozen=True)
 class Act:
-    """Do something once a step is done, from the controller's thread."""
+    """Do something once a step is done, from the controller's thread. Rank 0 begins no later step before that is over:
+    what an act meets does not depend on how busy the controller is.
+    """
 
     step: int
     do: Callable[[Live], object]
@@ -127,7 +130,8 @@ class Live:
 
     def status(self, node: int | None = None) -> Status:
         """Ask the snapshot process of a node, of that of rank 0 if none is given, how it is."""
-        with SnapshotClient.of(self.memory(self.node_of(0) if node is None else node)) as client:
+        folder = self.memory(self.node_of(0) if node is None else node)
+        with SnapshotClient.of(folder, timeout_s=ANSWER_S) as client:
             return client.status()
 
     def groups(self) -> tuple[tuple[int, ...], ...]:
@@ -155,7 +159,7 @@ class Live:
                 return False
 
         try:
-            until(there, 15)
+            until(there)
         except AssertionError:
             raise AssertionError(f"{level} does not come to step {step}: {seen}") from None
 
@@ -221,6 +225,8 @@ class Watched:
         self, live: Live, acts: Sequence[Callable[[Live], object]], between: Mapping[int, Callable[[Live], object]]
     ) -> None:
         self._live, self._acts, self._between = live, acts, between
+        for number in range(len(acts)):  # of an earlier start in this folder
+            acted(live.run, number).unlink(missing_ok=True)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._live.fleet, name)
@@ -235,6 +241,7 @@ class Watched:
             return self._live.fleet.strike(kind, target)
         act = self._acts[int(target)]
         act(self._live)
+        acted(self._live.run, int(target)).touch()
         return getattr(act, "__name__", "act")
 
 
@@ -327,8 +334,10 @@ class Lab:
         config = loaded.config
         run.mkdir(exist_ok=after is not None)
         command = worker_command(loaded)
+        acts = [strike for strike in strikes if isinstance(strike, Act)]
         if pace is not None:
-            command = replace(command, arguments=("-m", "tests.fault.paced", *pace))
+            waits = [f"{act.step}@{acted(run, number)}" for number, act in enumerate(acts)]
+            command = replace(command, arguments=("-m", "tests.fault.paced", *pace, *waits))
         token, said, began = job_token(run), list[str](), time.monotonic()
         before = os.environ.get("WINDLASS_FAULT")
         try:
@@ -346,9 +355,8 @@ class Lab:
                 start_process=self._spawn,
             )
             stop = Stop(began + RUN_S)
-            acts = [strike.do for strike in strikes if isinstance(strike, Act)]
             controller = Controller(
-                Watched(Live(loaded, fleet, memories, stop), acts, between),
+                Watched(Live(loaded, fleet, memories, stop), [act.do for act in acts], between),
                 ControlLog(run),
                 limits,
                 patience_of(loaded),
@@ -384,6 +392,11 @@ class Lab:
         with contextlib.suppress(AssertionError):  # told by the caller
             until(lambda: not left(), GONE_S)
         return left()
+
+
+def acted(run: Path, number: int) -> Path:
+    """Return the file that is there once an act of a run is over."""
+    return run / f"acted-{number}"
 
 
 def _strikes(strikes: Sequence[str | Act]) -> list[Strike]:

@@ -1,4 +1,8 @@
-"""A worker without torch for the tests of the launchers: rank r does what item r of its standard input says."""
+"""A worker without torch for the tests of the launchers: rank r does what item r of its standard input says.
+
+It does so once all ranks have come, which they tell in the folder on the command line: whatever follows does not depend
+on how long their starts take. A rank that fails leaves the moment there, as `time.monotonic` has it.
+"""
 
 from __future__ import annotations
 
@@ -7,9 +11,10 @@ import signal
 import sys
 import threading
 import time
+from pathlib import Path
 from types import FrameType
 
-from windlass.dist.env import get, read_process_env
+from windlass.dist.env import ProcessEnv, get, read_process_env
 from windlass.dist.errors import CommError, DataError
 from windlass.launch.failure import guarded
 
@@ -20,11 +25,23 @@ def stop(signum: int, frame: FrameType | None) -> None:
     stopped.set()
 
 
-def act(action: str) -> int:
+def meet(env: ProcessEnv, folder: Path) -> None:
+    """Wait until all ranks are here."""
+    (folder / f"here-{env.rank}").touch()
+    while not all((folder / f"here-{rank}").exists() for rank in range(env.world_size)):
+        time.sleep(0.005)
+
+
+def act(action: str, folder: Path) -> int:
     env = read_process_env()
     print(f"rank {env.rank} of {env.world_size}, local {env.local_rank} of {env.local_world_size}", flush=True)
     print(f"threads {get('OMP_NUM_THREADS')}", flush=True)
     print(f"noted on stderr by {env.rank}", file=sys.stderr, flush=True)
+    if action == "until-stopped":
+        signal.signal(signal.SIGTERM, stop)
+    if action == "hang":
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    meet(env, folder)
     if action == "value-error":
         raise ValueError(f"bad value on rank {env.rank}")
     if action == "data-error":
@@ -32,25 +49,24 @@ def act(action: str) -> int:
     if action == "lost-peer":
         raise CommError("rank 1 is gone")
     if action == "late-value-error":
-        time.sleep(0.4)
+        time.sleep(0.2)
         raise ValueError("the real cause")
     if action == "kill":
         signal.raise_signal(signal.SIGKILL)
     if action == "code-7":
+        (folder / "failed").write_text(str(time.monotonic()))
         return 7
     if action == "until-stopped":
-        signal.signal(signal.SIGTERM, stop)
         print(f"waiting {env.rank}", flush=True)
-        stopped.wait(60)
+        stopped.wait(150)
         print(f"saved by {env.rank}", flush=True)
     if action == "hang":
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
         print("waiting for ever", flush=True)
-        threading.Event().wait(60)
+        threading.Event().wait(150)
     return 0
 
 
 if __name__ == "__main__":
     actions = json.load(sys.stdin)
     me = read_process_env()
-    sys.exit(guarded(lambda: act(actions[me.rank]), me))
+    sys.exit(guarded(lambda: act(actions[me.rank], Path(sys.argv[1])), me))

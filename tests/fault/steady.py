@@ -1,7 +1,8 @@
 """A worker without torch that makes steps, keeps what it has done, and fails where it is told to.
 
-Standard input: {"run": folder, "steps": n, "step_s": seconds, "faults": [{"rank", "step", "do", "generation"}]}. It
-tells of itself what a trainer tells: steps of rank 0 in metrics.jsonl, phases of its start in control/.
+Standard input: {"run": folder, "steps": n, "step_s": seconds, "faults": [{"rank", "step", "do", "generations"}],
+"strikes": [step]}. Rank 0 begins no step before the strikes after earlier ones are made, however busy their controller
+is. It tells of itself what a trainer tells: steps of rank 0 in metrics.jsonl, phases of its start in control/.
 """
 
 from __future__ import annotations
@@ -35,6 +36,8 @@ def do(fault: dict[str, Any], run: Path) -> None:
             raise DataError("the shard is damaged")
         case "lost-peer":
             raise CommError("rank 1 is gone")
+        case "hang":
+            threading.Event().wait()
         case "roll-back":
             ControlLog(run).append("rollback", step=fault["step"] - 2, why="the loss jumped")
             raise SpikeError("the loss jumped")
@@ -57,6 +60,17 @@ def meet(run: Path, generation: int, rank: int, world_size: int, step: int) -> b
             time.sleep(0.001)
         flags += int(there.read_text())
     return bool(flags)
+
+
+def await_strikes(run: Path, strikes: list[int], step: int) -> None:
+    """Wait until all strikes that come before a step have been made."""
+    if due := sum(at < step for at in strikes):
+        until(lambda: stopped.is_set() or num_blows(run) >= due)
+
+
+def num_blows(run: Path) -> int:
+    """Return how many strikes of this launch have been made, or found that they cannot be."""
+    return sum(record["kind"] == "blow" for record in ControlLog(run).since_launch())
 
 
 def tell(path: Path, text: str) -> None:
@@ -88,6 +102,8 @@ def work(job: dict[str, Any]) -> int:
     first = step
     stop = False
     while step < job["steps"] and not stop:
+        if env.rank == 0:
+            await_strikes(run, job["strikes"], step + 1)
         for fault in job["faults"]:
             if (fault["rank"], fault["step"]) == (env.rank, step + 1) and generation in fault["generations"]:
                 do(fault, run)

@@ -20,6 +20,7 @@ import pytest
 
 from tests.fault.memory_runs import Act, Lab, Live, end_all
 from tests.fault.oracle import EXACT, Told
+from tests.waiting import until
 from windlass.checkpoint.memory import pids
 from windlass.checkpoint.memory.folder import list_jobs
 from windlass.checkpoint.store import list_checkpoints
@@ -94,7 +95,16 @@ def fill(folder: Path) -> Path:
 def test_a_disk_that_is_full_at_any_moment_of_a_checkpoint_leaves_no_trace_and_training_goes_on(
     moment: str, lab: Lab
 ) -> None:
-    told = lab.run(spares=0, fault=f"enospc:persist.{moment}:step=4", settings=["checkpoint.every=4"])
+    def given_up(live: Live) -> None:
+        """Wait until nobody tries any more to write step 4: step 8 would be left out while somebody does."""
+        until(lambda: "step 4 could not be written" in live.status().last_error)
+
+    told = lab.run(
+        spares=0,
+        fault=f"enospc:persist.{moment}:step=4",
+        strikes=[Act(5, given_up)],
+        settings=["checkpoint.every=4"],
+    )
     told.check(lab.undisturbed(), restarts=0)
     assert saved(told) == [8, 12]
     assert "No space left" in warnings(told) and "step 4" in warnings(told)

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from tests.harness import outcomes, run_world
+from tests.harness import GRACE_S, outcomes, run_world
 from tests.parity.offload_case import OffloadCase, build, folders, run, same, settle, train, without
 from tests.parity.test_offload import POLICIES, SOME, WIDTH
 from tests.parity.test_offload_moved import workload
@@ -29,13 +29,14 @@ from windlass.offload.plan_bytes import footprints
 from windlass.parallel.engine import Engine
 from windlass.parallel.zero import ZeroConfig
 
-CLOSED_S = 3.0  # nobody waits longer for lanes that are given up
+WATCHDOG_S = 60.0
+CLOSED_S = 30.0  # lanes that are given up are waited for a second; a hang would take much longer
 Breaks = Callable[[Engine, OffloadMachine], None]
 
 
 def case_of(policy: str, ranks: int = 1, **changes: Any) -> OffloadCase:
     case = Case(ZeroConfig(stage=3), "bf16", "fp32", micro_batches=2 * ranks, model={"width": WIDTH, "frozen": True})
-    offload = replace(POLICIES[policy], **{"chunk": 2048, "slabs": 1, "watchdog_s": 20.0, **changes})
+    offload = replace(POLICIES[policy], **{"chunk": 2048, "slabs": 1, "watchdog_s": WATCHDOG_S, **changes})
     return OffloadCase(case, offload, (LR,) * 4, SOME)
 
 
@@ -162,9 +163,7 @@ def test_a_drive_that_fails_at_any_transfer_is_named_and_nobody_hangs(
 ) -> None:
     failed = 0
     for number in (1, 7, 30, 60, 100):
-        [out] = run_world(
-            1, attempt, case_of(policy), env={"WINDLASS_FAULT": f"{action}:nvme.{verb}:step={number}"}, timeout_s=60.0
-        )
+        [out] = run_world(1, attempt, case_of(policy), env={"WINDLASS_FAULT": f"{action}:nvme.{verb}:step={number}"})
         if "error" in out:  # a small number of transfers may end before
             check_error(out, what, "state.bin")
             failed += 1
@@ -173,7 +172,7 @@ def test_a_drive_that_fails_at_any_transfer_is_named_and_nobody_hangs(
 
 def test_a_full_drive_on_one_rank_ends_all_of_them() -> None:
     env = {"WINDLASS_FAULT": "enospc:nvme.write:rank=1:step=70"}
-    first, second = outcomes(2, attempt, case_of("fuyou", 2), env=env, timeout_s=60.0, comm_timeout_s=10.0)
+    first, second = outcomes(2, attempt, case_of("fuyou", 2), env=env)
     check_error(second.value, "No space", "rank 1")
     assert type(first.error).__name__ == "CommError"
 
@@ -181,9 +180,9 @@ def test_a_full_drive_on_one_rank_ends_all_of_them() -> None:
 def test_a_killed_rank_does_not_leave_its_peer_waiting() -> None:
     env = {"WINDLASS_FAULT": "kill:nvme.read:rank=0:step=40"}
     began = time.perf_counter()
-    first, second = outcomes(2, attempt, case_of("all on nvme", 2), env=env, timeout_s=60.0, comm_timeout_s=10.0)
+    first, second = outcomes(2, attempt, case_of("all on nvme", 2), env=env)
     assert "SIGKILL" in first.text and type(second.error).__name__ == "CommError"
-    assert time.perf_counter() - began < 40.0
+    assert time.perf_counter() - began < GRACE_S, "it heard of it by itself"
 
 
 def full_at_start(comm: Comm, given: OffloadCase) -> dict[str, Any]:
@@ -237,7 +236,7 @@ def forget_a_version(engine: Engine, machine: OffloadMachine) -> None:
     ids=lambda given: getattr(given, "__name__", ""),
 )
 def test_files_that_are_cut_damaged_or_limited_are_named(policy: str, breaks: Breaks, texts: tuple[str, ...]) -> None:
-    [out] = run_world(1, attempt, case_of(policy, checksums=True), breaks, timeout_s=60.0)
+    [out] = run_world(1, attempt, case_of(policy, checksums=True), breaks)
     check_error(out, *texts)
 
 
@@ -316,5 +315,5 @@ def keep_open(comm: Comm, given: OffloadCase) -> str:
 
 def test_state_that_was_lent_for_saving_does_not_stop_the_next_step() -> None:
     for policy in ("fuyou", "all on nvme", "mlp-offload"):
-        [text] = run_world(1, keep_open, case_of(policy, watchdog_s=5.0), timeout_s=30.0)
+        [text] = run_world(1, keep_open, case_of(policy))
         assert text == "", (policy, text)

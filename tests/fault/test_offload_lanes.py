@@ -15,11 +15,12 @@ from typing import Any
 import pytest
 import torch
 
-from tests.fault.test_offload_faults import CLOSED_S, Breaks, attempt, case_of, check_error
+from tests.fault.test_offload_faults import CLOSED_S, WATCHDOG_S, Breaks, attempt, case_of, check_error
 from tests.harness import run_world
 from tests.parity.offload_case import OffloadCase, build, folders
 from tests.parity.test_offload import POLICIES, check
 from tests.parity.test_zero import LR, Case
+from tests.waiting import until
 from windlass.dist.comm import Comm
 from windlass.offload.ledger import TierLedger
 from windlass.offload.machine import OffloadMachine
@@ -86,15 +87,15 @@ def tell(comm: Comm, given: OffloadCase, breaks: Breaks) -> dict[str, Any]:
 )
 def test_a_thread_that_dies_surfaces_at_the_next_wait(policy: str, breaks: Breaks, text: str) -> None:
     began = time.perf_counter()
-    [out] = run_world(1, tell, case_of(policy), breaks, timeout_s=60.0)
+    [out] = run_world(1, tell, case_of(policy), breaks)
     check_error(out, text)
-    assert time.perf_counter() - began < 15.0, "before the watchdog"
+    assert time.perf_counter() - began < WATCHDOG_S, "before the watchdog"
 
 
 @pytest.mark.parametrize("policy", ["fuyou", "zero-infinity"])
 def test_a_transfer_that_never_ends_is_reported_by_the_watchdog_with_all_lanes(policy: str) -> None:
     env = {"WINDLASS_FAULT": "hang:nvme.read:step=60"}
-    [out] = run_world(1, attempt, case_of(policy, watchdog_s=1.0, io_threads=1), env=env, timeout_s=60.0)
+    [out] = run_world(1, attempt, case_of(policy, watchdog_s=2.0, io_threads=1), env=env)
     check_error(out, "offload.watchdog_s", "lanes:", "file read: runs 'read ", "waiting:")
 
 
@@ -119,18 +120,16 @@ def interrupt(comm: Comm, given: OffloadCase, at: int) -> dict[str, Any]:
         torch.autograd.grad = whole
         began = time.perf_counter()
         machine.close()
-        return {
-            "closed_s": time.perf_counter() - began,
-            "host": ledger.current("host"),
-            "threads": [t.name for t in threading.enumerate() if t.name.split(",")[0] in ("h2d", "d2h", "file read")],
-        }
+        closed_s = time.perf_counter() - began
+        until(lambda: not any(t.name.split(",")[0] in ("h2d", "d2h", "file read") for t in threading.enumerate()))
+        return {"closed_s": closed_s, "host": ledger.current("host")}
 
 
 @pytest.mark.parametrize("at", [0, 3, 7])
 def test_a_step_that_is_broken_off_leaves_nothing_running(at: int) -> None:
     for policy in ("fuyou", "all on nvme"):
         [out] = run_world(1, interrupt, case_of(policy), at)
-        assert out["closed_s"] < CLOSED_S and out["host"] == 0 and out["threads"] == []
+        assert out["closed_s"] < CLOSED_S and out["host"] == 0
 
 
 # -- sizes -------------------------------------------------------------------------------------------------------------

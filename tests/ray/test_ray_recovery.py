@@ -79,7 +79,7 @@ class Nodes:
                 command = process.info["cmdline"] or [""]
                 if command[0].endswith("/raylet") and any(node_id in part for part in command):
                     process.kill()
-        until(lambda: len(self.table()) == count, 20)
+        until(lambda: len(self.table()) == count)
         return list(self.table())
 
     def add(self) -> str:
@@ -104,24 +104,26 @@ class Job:
     address: str
     steps: int = 20
     step_s: float = 0.1
-    lease_s: float = 20.0
+    lease_s: float = 60.0
     sizes: tuple[int, ...] = ()
     replace_s: float = 0.0
     snapshots: bool = False
     spares: int = 0
 
     def launch(self, *strikes: str) -> int:
+        blows = tuple(_strike(text) for text in strikes)
         payload = {"run": str(self.run), "steps": self.steps, "step_s": self.step_s}
+        payload["strikes"] = [blow.step for blow in blows]
         recovering = Recovering(
             self.run,
             Limits(2, self.sizes, 9, node_failures=9, replace_s=self.replace_s),
-            Patience(5.0),
+            Patience(60.0),
             snapshots=self.snapshots,
-            strikes=tuple(_strike(text) for text in strikes),
+            strikes=blows,
             lease_s=self.lease_s,
         )
         return launch_recovering(
-            WorkerCommand((str(STEPPING),), json.dumps(payload).encode()),
+            WorkerCommand((str(STEPPING), str(self.run)), json.dumps(payload).encode()),
             LaunchConfig(workers=2, spares=self.spares, all_ranks=True),
             recovering,
             address=self.address,
@@ -150,7 +152,7 @@ class Job:
         """Return the workers of this run that live."""
         found = []
         for process in psutil.process_iter(["cmdline"]):
-            if str(STEPPING) in (process.info["cmdline"] or []):
+            if {str(STEPPING), str(self.run)} <= set(process.info["cmdline"] or []):
                 with suppress(psutil.Error):
                     if process.status() != psutil.STATUS_ZOMBIE:
                         found.append(process)
@@ -168,8 +170,13 @@ class Job:
 def job(tmp_path: Path, nodes: Nodes) -> Iterator[Job]:
     job = Job(tmp_path, nodes.address)
     yield job
-    left = [*job.processes(), *job.folders()]
-    assert not ray.is_initialized() and not left
+    assert not ray.is_initialized()
+    until(lambda: not job.processes() and not job.folders())
+
+
+def controllers() -> set[int]:
+    """Return the controllers of all jobs on this machine."""
+    return {p.pid for p in psutil.process_iter(["name"]) if "JobController" in (p.info["name"] or "")}
 
 
 def _strike(text: str) -> Strike:
@@ -237,7 +244,7 @@ def test_a_zombie_node_is_fenced_off_and_gone_at_the_end(job: Job, nodes: Nodes,
     job.spares, job.steps, job.lease_s = 1, 100, 6.0
     assert job.launch(f"zombie={cut_off}@step=4") == 0
     seen = told()
-    until(lambda: not job.processes() and not job.folders(), 10)
+    until(lambda: not job.processes() and not job.folders())
     assert job.records("lost")[0]["nodes"] == [cut_off]
     assert job.records("decision")[-1]["nodes"] == [stays, spare]
     shown = [line["generation"] for line in seen.of(rank=1)]
@@ -249,9 +256,9 @@ def test_without_a_spare_a_run_waits_for_a_new_node(job: Job, nodes: Nodes) -> N
     names = nodes.have_only(2)
     job.replace_s = 25.0
     driver = job.drive(f"node={names[0]}@step=4")
-    until(lambda: len(nodes.table()) == 1, 20)
+    until(lambda: len(nodes.table()) == 1)
     new = nodes.add()
-    _, err = driver.communicate(timeout=60)
+    _, err = driver.communicate(timeout=120)
     assert driver.returncode == 0, err
     assert job.records("decision")[-1]["nodes"] == [new, names[1]]
     assert "waiting" in err
@@ -280,7 +287,7 @@ def test_a_node_where_nothing_answers_is_fenced_and_used_again(job: Job, nodes: 
     assert len(stopped) == 3, "agent, actor and worker"
     for pid in stopped:
         os.kill(pid, signal.SIGSTOP)
-    out, err = driver.communicate(timeout=60)
+    out, err = driver.communicate(timeout=120)
     assert driver.returncode == 0, err
     assert "nothing on it has answered" in job.records("failure")[0]["message"]
     assert job.records("decision")[-1]["nodes"] == names
@@ -295,7 +302,7 @@ def test_workers_leave_a_node_that_is_drained_before_it_goes(job: Job, nodes: No
     job.steps = 60
 
     def drain() -> None:
-        until(lambda: len(job.records("start")) > 0, 25)
+        until(lambda: len(job.records("start")) > 0)
         GcsClient(address=nodes.address).drain_node(
             node_id,
             autoscaler_pb2.DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION"),
@@ -320,21 +327,22 @@ def test_a_request_to_stop_lets_workers_save(job: Job, nodes: Nodes) -> None:
     job.steps = 1000
     driver = job.drive()
     os.kill(driver.pid, signal.SIGTERM)
-    out, err = driver.communicate(timeout=30)
+    out, err = driver.communicate(timeout=120)
     assert driver.returncode == 0, err
     assert sorted(line[:8] for line in out.splitlines() if "saved by" in line) == ["[rank 1]", "saved by"]
 
 
 def test_a_job_whose_driver_is_killed_stops_and_leaves_nothing(job: Job, nodes: Nodes) -> None:
     nodes.have(2)
-    job.steps, job.lease_s = 1000, 5.0
+    job.steps, job.lease_s = 10_000, 6.0
+    before = controllers()
     driver = job.drive()
+    assert job.processes() and controllers() - before
     driver.kill()
     driver.communicate()
-    assert job.processes()
-    until(lambda: not job.processes() and not job.folders(), 25)
+    until(lambda: not job.processes() and not job.folders())
     until(lambda: [record["code"] for record in job.records("end")] == [0])
-    until(lambda: not any("JobController" in p.info["name"] for p in psutil.process_iter(["name"])), 10)
+    until(lambda: not controllers() - before)
 
 
 def test_lines_are_kept_until_the_driver_has_them_and_shown_once() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import signal
 import socket
 import time
@@ -18,8 +19,17 @@ from windlass.launch.local import WorkerCommand
 from windlass.launch.ray.places import Place, refusing
 from windlass.launch.ray.worker_actor import Job, WorkerActor
 
-LONG_S = 60.0
-SLEEP = "import time; print('here', flush=True); time.sleep(60)"
+LONG_S = 150.0
+SLEEP = "import time; print('here', flush=True); time.sleep(150)"
+ANSWER_S = 60.0
+REPORT = """
+import sys
+from windlass.dist.env import ProcessEnv
+from windlass.dist.errors import DataError
+from windlass.launch.failure import report_failure
+report_failure(DataError("shard 3 is damaged"), ProcessEnv())
+sys.exit(3)
+"""
 
 
 @pytest.fixture(params=[False, True], ids=["new", "forked"])
@@ -45,8 +55,8 @@ def test_who_waits_hears_at_once_of_a_line_and_of_the_end(actor: WorkerActor) ->
         assert not waiting.done()
         began = time.monotonic()
         actor.send(signal.SIGKILL)
-        assert waiting.result(timeout=10).code == -signal.SIGKILL
-        assert time.monotonic() - began < 5
+        assert waiting.result(timeout=ANSWER_S).code == -signal.SIGKILL
+        assert time.monotonic() - began < ANSWER_S
 
 
 def test_what_a_worker_said_last_is_there_with_its_end(actor: WorkerActor) -> None:
@@ -67,9 +77,9 @@ def test_a_start_ends_the_worker_before_and_those_who_wait_for_that(actor: Worke
         seen = actor.poll(LONG_S, generation=1).lines[-1].number
         waiting = others.submit(actor.poll, LONG_S, seen, 0, 1)
         both = [others.submit(start, actor, SLEEP, generation) for generation in (2, 2)]
-        assert waiting.result(timeout=10).code == -signal.SIGKILL
+        assert waiting.result(timeout=ANSWER_S).code == -signal.SIGKILL
         for call in both:
-            call.result(timeout=10)
+            call.result(timeout=ANSWER_S)
         assert actor.poll(0.0, seen, generation=1).code == -signal.SIGKILL
         assert actor.poll(0.0, seen, generation=2).code is None
 
@@ -97,3 +107,15 @@ def test_only_a_host_that_refuses_has_lost_its_node() -> None:
         places = [place("there", "127.0.0.1", ports[0]), place("gone", "127.0.0.1", ports[1])]
         assert [found.name for found in refusing(places)] == ["gone"]
     assert refusing([]) == []
+
+
+def test_a_worker_starts_and_reports_after_somebody_has_tidied_up(actor: WorkerActor, tmp_path: Path) -> None:
+    shutil.rmtree(actor._files)
+    store, _ = actor.rendezvous(1)
+    assert Path(store.removeprefix("file://")).parent.is_dir()
+    shutil.rmtree(actor._files)
+    start(actor, REPORT)
+    polled = actor.poll(LONG_S, generation=1)
+    while polled.code is None:
+        polled = actor.poll(LONG_S, after=1 << 30, generation=1)
+    assert polled.code == 3 and polled.failure is not None and "damaged" in polled.failure.message

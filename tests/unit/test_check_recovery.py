@@ -3,18 +3,31 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from windlass.checkpoint.memory.folder import SPARE_BYTES, NodeFolder
+from windlass.checkpoint.memory.groups import cross_units, memory_factor, num_parity, plan_groups
+from windlass.checkpoint.policy import SnapshotConfig
 from windlass.dist.cluster import ClusterConfig
-from windlass.dist.errors import ConfigError, WindlassError
+from windlass.dist.errors import ConfigError, PlanError, WindlassError
+from windlass.dist.mesh import ParallelismConfig, plan_mesh
 from windlass.launch.check import check_job
-from windlass.launch.check_recovery import check_emulated, check_without_controller
+from windlass.launch.check_recovery import (
+    check_controlled,
+    check_emulated,
+    check_shared_devices,
+    check_without_controller,
+)
 from windlass.launch.config import load_job
+from windlass.launch.job import JobConfig
+from windlass.launch.local import LaunchConfig
 from windlass.launch.plan import make_plan
 from windlass.launch.plan_snapshots import PROCESS_BYTES, plan_snapshots
-from windlass.launch.snapshots import shortage
+from windlass.parallel.zero import ZeroConfig
 
 SNAPSHOTS = ["snapshot.every=1"]
 LAZY = ["checkpoint.mode=lazy"]
@@ -103,7 +116,6 @@ def test_what_keeps_a_checkpoint_to_go_back_to_is_accepted(tmp_path: Path, overr
 
 
 def test_a_folder_that_is_missing_or_closed_is_refused(tmp_path: Path) -> None:
-    from windlass.dist.mesh import plan_mesh
     from windlass.launch.check_recovery import check_recovery
 
     path = tmp_path / "job.yaml"
@@ -146,11 +158,11 @@ def test_nodes_that_nobody_emulates_are_refused(tmp_path: Path) -> None:
 def test_what_is_missing_is_said_with_what_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = NodeFolder(tmp_path, "0123456789abcdef", "node-0")
     monkeypatch.setattr(NodeFolder, "room", lambda self: SPARE_BYTES + (100 << 20))
-    assert shortage(folder, 100 << 20, [0, 1], 3) == ""
-    problem = shortage(folder, 300 << 20, [0, 1], 3)
-    assert "3 snapshots of ranks 0-1 need 300.00 MiB, 100.00 MiB can be had" in problem
-    assert "Give it 200.00 MiB more" in problem and "snapshot.slots=2" in problem
-    assert "snapshot.slots" not in shortage(folder, 300 << 20, [0], 2), "fewer do not work"
+    assert folder.shortage(100 << 20, "3 snapshots", 3) == ""
+    problem = folder.shortage(300 << 20, "3 snapshots of ranks 0-1", 3)
+    assert "3 snapshots of ranks 0-1 need 300.0 MiB, 100.0 MiB can be had" in problem
+    assert "Give it 200.0 MiB more" in problem and "snapshot.slots=2" in problem
+    assert "snapshot.slots" not in folder.shortage(300 << 20, "2 snapshots", 2), "fewer do not work"
 
 
 def test_the_plan_says_what_snapshots_take_and_survive(tmp_path: Path) -> None:
@@ -174,3 +186,126 @@ def test_the_plan_says_what_snapshots_take_and_survive(tmp_path: Path) -> None:
     _, local = summary("snapshot.every=1", "snapshot.redundancy=xor", "zero.stage=0")  # type: ignore[misc]
     assert local.exchanged == 0
     assert local.copied == pytest.approx(local.rank_bytes * 4 / 3, abs=4)
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    nodes=st.integers(1, 16),
+    per_node=st.integers(1, 2),
+    pp=st.sampled_from([1, 2, 4]),
+    replicate=st.sampled_from([1, 2, 4]),
+    stage=st.integers(0, 3),
+    scheme=st.sampled_from(["none", "replica", "xor", "reed_solomon"]),
+    group=st.integers(0, 8),
+    parity=st.integers(1, 2),
+)
+def test_the_plan_has_the_groups_that_the_run_will_have(
+    nodes: int, per_node: int, pp: int, replicate: int, stage: int, scheme: str, group: int, parity: int
+) -> None:
+    world = nodes * per_node
+    if world % (pp * replicate):
+        return
+    config = JobConfig(
+        launch=LaunchConfig(workers=world, nodes=nodes),
+        parallelism=ParallelismConfig(pp=pp, dp_replicate=replicate),
+        snapshot=SnapshotConfig(every=1, redundancy=scheme, group=group, parity=parity),
+        zero=ZeroConfig(stage=stage),
+    )
+    mesh = plan_mesh(config.parallelism, world)
+    # As `Snapshots.protect` has it: where the ranks are, and the replicas that each engine names.
+    where = [f"host-{rank // per_node}" for rank in range(world)]
+    axes = ("dp_replicate", "dp_shard") if stage == 0 else ("dp_replicate",)
+    sets = sorted({mesh.ranks_along(axes, rank) for rank in range(world)})
+    local = scheme == "xor" and cross_units(sets, where, {})
+    plan = SimpleNamespace(
+        mesh=mesh.sizes,
+        world_size=world,
+        ranks=range(pp),
+        units=[SimpleNamespace(pipeline_rank=0, shard_numel=1200, trainable=True)],
+    )
+    try:
+        groups = plan_groups(where, {}, scheme, group, parity, within=sets if local else None)
+    except PlanError as error:
+        with pytest.raises(PlanError) as refused:
+            plan_snapshots(config, plan, ClusterConfig())  # type: ignore[arg-type]
+        assert str(refused.value) == str(error)
+        return
+    summary = plan_snapshots(config, plan, ClusterConfig())  # type: ignore[arg-type]
+    assert summary is not None
+    sizes = [len(group) for group in groups]
+    assert (summary.group, summary.survives) == (min(sizes), num_parity(scheme, parity, min(sizes)))
+    state = summary.rank_bytes * summary.slots * per_node
+    factor = max(memory_factor(scheme, parity, size) for size in sizes)
+    assert summary.node_bytes - PROCESS_BYTES == pytest.approx(state * factor, abs=1)
+    assert summary.exchanged == (0 if local else summary.rank_bytes * max(num_parity(scheme, parity, n) for n in sizes))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "group", "factor", "exchanged"),
+    [
+        (["launch.nodes=8", "parallelism.dp_replicate=4", "zero.stage=2"], 4, 4 / 3, 0),
+        (["launch.nodes=10", "zero.stage=2"], 5, 5 / 4, 1),
+        (["launch.nodes=4", "parallelism.pp=2", "zero.stage=0"], 2, 2, 0),
+    ],
+)
+def test_groups_are_balanced_and_never_cross_replicas(
+    overrides: list[str], group: int, factor: float, exchanged: int, tmp_path: Path
+) -> None:
+    nodes = int(overrides[0].partition("=")[2])
+    parity = ["snapshot.redundancy=xor", f"launch.workers={nodes}"]
+    path = tmp_path / "job.yaml"
+    path.write_text("model: {preset: nano, num_layers: 4}\n")
+    config = load_job(path, [*SNAPSHOTS, *parity, *overrides]).config
+    plan = make_plan(config, nodes, config.cluster, "cpu", activations=False)
+    summary = plan_snapshots(config, plan, ClusterConfig())
+    assert summary is not None and (summary.group, summary.survives) == (group, 1)
+    assert summary.node_bytes - PROCESS_BYTES == pytest.approx(2 * summary.rank_bytes * factor, abs=2)
+    assert summary.exchanged == exchanged * summary.rank_bytes
+
+
+def test_a_group_that_the_nodes_cannot_form_is_refused_before_the_run(tmp_path: Path) -> None:
+    path = tmp_path / "job.yaml"
+    path.write_text("launch: {workers: 8, nodes: 4}\nsnapshot: {every: 1, redundancy: xor, group: 8}\n")
+    loaded = load_job(path, [])
+    for check in (check_emulated, lambda loaded: check_controlled(loaded, 4, emulated=False)):
+        with pytest.raises(PlanError, match=r"groups of 8 failure domains, but there are 4\. Use snapshot\.group = 4"):
+            check(loaded)
+    check_controlled(loaded, 8, emulated=False)
+    check_controlled(loaded, 0, emulated=False)
+
+
+def test_emulated_nodes_do_not_share_the_gpus_of_a_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("windlass.launch.check_recovery.num_accelerators", lambda: 4)
+    path = tmp_path / "job.yaml"
+    path.write_text("launch: {workers: 4, nodes: 4}\n")
+    for device in ("auto", "cuda"):
+        with pytest.raises(ConfigError, match=rf"train\.device = '{device}': 4 emulated nodes .*Use train\.device=cpu"):
+            check_emulated(load_job(path, [f"train.device={device}"]))
+    check_emulated(load_job(path, ["train.device=cpu"]))
+    check_emulated(load_job(path, ["launch.nodes=1"]))
+    check_emulated(load_job("resilient", []))
+    with pytest.raises(ConfigError, match="2 emulated nodes"):
+        check_shared_devices(load_job(path, []), 2)
+    check_controlled(load_job(path, []), 2, emulated=False)
+    monkeypatch.setattr("windlass.launch.check_recovery.num_accelerators", lambda: 0)
+    check_emulated(load_job(path, []))
+
+
+def test_what_nobody_waits_for_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "job.yaml"
+    path.write_text("launch: {workers: 4, nodes: 4}\nrecovery: {max_restarts: 3, min_workers: 2}\n")
+    for key, value in (("recovery.replace_s", 60), ("recovery.grow_s", 5), ("launch.grace_s", 1)):
+        with pytest.raises(ConfigError, match=f"{key} = {value}.* has no effect"):
+            check_emulated(load_job(path, [f"{key}={value}"]))
+    check_controlled(load_job(path, ["recovery.replace_s=60", "recovery.grow_s=5"]), 4, emulated=True)
+    check_emulated(load_job(path, ["recovery.replace_s=0"]))
+    path.write_text("{}")
+    check_without_controller(load_job(path, ["launch.grace_s=1"]), ray=True)
+    with pytest.raises(ConfigError, match=r"recovery\.grace_s = 9.0: has no effect without a controller"):
+        check_without_controller(load_job(path, ["recovery.grace_s=9"]), ray=False)
+
+
+def test_a_job_for_emulated_nodes_works_with_and_without_ray() -> None:
+    loaded = load_job("resilient", [])
+    check_emulated(loaded)
+    check_controlled(loaded, loaded.config.launch.nodes, emulated=True)

@@ -3,6 +3,7 @@
 import errno
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,9 +19,11 @@ from tests.persist_doubles import (
 )
 from windlass.checkpoint.local_level import LocalLevel, list_local_levels, remove_local_level
 from windlass.checkpoint.memory.drive import Drive
+from windlass.checkpoint.memory.folder import NodeFolder
 from windlass.checkpoint.memory.segment import Segment
 from windlass.checkpoint.memory.segment import verify as damaged_chunks
 from windlass.checkpoint.memory.settings import Settings
+from windlass.checkpoint.memory.verbs import Verbs
 from windlass.dist.errors import CheckpointError
 
 
@@ -98,12 +101,16 @@ def test_two_local_steps_are_kept_and_damaged_ones_do_not_count(drive):
     for step in (6, 7, 8):
         nodes.hold(step)
         local_step(nodes, step)
-    assert nodes.leader.steps("local") == [8, 7]
+    assert steps_of(level) == [8, 7]
     (level.folder / "step-00000008" / "data-00001.seg").unlink()
-    assert nodes.leader.newest("local") == 7
+    assert steps_of(level) == [7]
     mark = level.folder / "step-00000007" / "complete.json"
     mark.write_bytes(mark.read_bytes().replace(b'"step": 7', b'"step": 9'))
-    assert nodes.leader.newest("local") is None
+    assert steps_of(level) == []
+
+
+def steps_of(level):
+    return [held.step for held in level.complete()]
 
 
 def held_open(place):
@@ -134,11 +141,7 @@ def test_a_step_that_is_removed_gives_its_room_back_whoever_had_read_it(drive, t
 
 
 def inventory(folder, local_dir):
-    drive = Drive(folder, str(local_dir))
-    try:
-        return [header.step for header in drive.inventory()]
-    finally:
-        drive.close()
+    return [header.step for header in Drive(folder, str(local_dir)).inventory()]
 
 
 def test_steps_of_a_run_that_was_deleted_and_begun_anew_do_not_count_and_are_removed(drive, tmp_path):
@@ -150,11 +153,11 @@ def test_steps_of_a_run_that_was_deleted_and_begun_anew_do_not_count_and_are_rem
     assert inventory(folder, tmp_path / "nvme") == [9, 9, 7, 7]
     token = folder.read_token()
     folder.create("the token of another run in the same place")
-    assert level.complete() == [] and nodes.leader.newest("local") is None
+    assert level.complete() == []
     assert inventory(folder, tmp_path / "nvme") == []
     nodes.hold(1)
     local_step(nodes, 1)
-    assert os.listdir(level.folder) == ["step-00000001"] and nodes.leader.steps("local") == [1]
+    assert os.listdir(level.folder) == ["step-00000001"] and steps_of(level) == [1]
     folder.create(token)
     nodes.leader.sweep(1)
     assert os.listdir(level.folder) == []
@@ -204,3 +207,69 @@ def test_a_link_on_the_drive_is_not_followed_to_what_is_not_ours(drive, tmp_path
     thesis.write_text("years of work")
     assert remove_local_level(folder) is None and list_local_levels(folder.base, JOB, tmp_path / "nvme") == []
     assert thesis.exists()
+
+
+def another_job(tmp_path, job="fedcba9876543210"):
+    """Return what a job that has not begun yet will have on the drive."""
+    return LocalLevel(NodeFolder(tmp_path / "shm", job, "node-0").create(), tmp_path / "nvme")
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+def test_a_link_to_another_run_on_the_drive_is_neither_followed_nor_swept(drive, tmp_path, depth):
+    nodes, level = drive
+    local_step(nodes, 6)
+    other = another_job(tmp_path)
+    link, target = (other.folder, level.folder) if depth == 2 else (other.folder.parent, level.folder.parent)
+    link.parent.mkdir(mode=0o700, exist_ok=True)
+    link.symlink_to(target)
+    other.sweep(9)
+    with pytest.raises(CheckpointError, match=f"{link} must be a folder of user .* no link"):
+        other.begin(1, 9, 0)
+    other.remove()
+    assert other.complete() == [] and [held.step for held in level.complete()] == [6]
+
+
+@pytest.mark.parametrize("which", ["job", "node"])
+def test_a_folder_on_the_drive_that_others_can_write_to_is_not_used(drive, tmp_path, which):
+    nodes, level = drive
+    local_step(nodes, 6)
+    (level.folder if which == "node" else level.folder.parent).chmod(0o777)
+    assert level.complete() == []
+    with pytest.raises(CheckpointError, match=r"nobody else can write to \(mode 0700\)"):
+        level.begin(7, 1, 0)
+
+
+def test_the_folders_of_a_job_on_a_drive_of_all_users_are_its_own(tmp_path):
+    (tmp_path / "shm").mkdir()
+    (tmp_path / "nvme").mkdir()
+    (tmp_path / "nvme").chmod(0o1777)
+    level = another_job(tmp_path)
+    level.begin(1, 1, 0)
+    assert [folder.stat().st_mode & 0o777 for folder in (level.folder.parent, level.folder)] == [0o700, 0o700]
+
+
+def flip(path):
+    """Spoil a file without changing its size."""
+    data = bytearray(path.read_bytes())
+    data[0] ^= 1
+    path.write_bytes(data)
+
+
+def test_what_explains_a_step_is_taken_from_an_older_one_where_it_is_damaged(drive, tmp_path):
+    nodes, level = drive
+    for step in (6, 7):
+        nodes.hold(step)
+        local_step(nodes, step)
+    newest, folder, digest = level.complete()[0], nodes.folders["node-0"], nodes.membership.members[0].layout
+    layout = folder.read_layout(digest)
+    flip(newest.membership_path)
+    flip(newest.layout_path(digest))
+    reader = Drive(folder, str(tmp_path / "nvme"))
+    assert reader.read_membership(1) == nodes.membership.dump().encode() and reader.read_membership(2) is None
+    assert reader.read_layout(digest) == layout
+    verbs = Verbs(SimpleNamespace(folder=folder, slots=None, drive=reader))
+    flip(folder.layout_path(digest))
+    assert verbs.do_layout({"digest": digest}, memoryview(b"")) == ({}, layout.dump())
+    flip(level.complete()[1].layout_path(digest))
+    with pytest.raises(CheckpointError, match=f"has the layout {digest} only damaged"):
+        verbs.do_layout({"digest": digest}, memoryview(b""))

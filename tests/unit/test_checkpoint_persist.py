@@ -18,7 +18,6 @@ from typer.testing import CliRunner
 from tests.checkpoint_doubles import blank, even_shards, on_threads, save_shards, some_state
 from tests.persist_doubles import (
     CHUNK,
-    JOB,
     PLACES,
     Crash,
     assert_holds,
@@ -137,13 +136,14 @@ from windlass.checkpoint.memory.membership import Membership
 from windlass.checkpoint.memory.segment import Segment
 from windlass.checkpoint.memory.settings import Settings
 from windlass.checkpoint.persist import Persister
-folder, world, target, job, step = sys.argv[1:]
+folder, world, target, step = sys.argv[1:]
 folder, world, step = NodeFolder.at(folder), Membership.parse(Path(world).read_text()), int(step)
-one = Persister(folder, "node-0", job, Settings(storage=target, keep=2), print)
+one = Persister(folder, "node-0", Settings(storage=target, keep=2), print)
 slots = {rank: Segment.open(folder.path / f"data-{rank}-1.seg").slots[0] for rank in (0, 1)}
 temporary = one.begin("storage", step, 1, world)
 rows = one.prepare("storage", step, 1, temporary, world, slots, {})
 print(one.commit("storage", step, 1, temporary, {"node-0": rows}, world))
+one.retire(step, 1)
 heavy = [name for name in ("torch", "fsspec", "ray") if name in sys.modules]
 assert not heavy, heavy
 """
@@ -154,9 +154,9 @@ def persist_in_a_process(nodes, step, fault=""):
     nodes.hold(step)
     world = nodes.root / "membership.json"
     world.write_text(nodes.membership.dump())
-    command = [sys.executable, "-c", PROCESS, nodes.folders["node-0"].path, world, nodes.storage, JOB, str(step)]
+    command = [sys.executable, "-c", PROCESS, nodes.folders["node-0"].path, world, nodes.storage, str(step)]
     variables = {**os.environ, "WINDLASS_FAULT": fault}
-    return subprocess.run(command, capture_output=True, text=True, timeout=60, env=variables)
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, env=variables)
 
 
 def test_writing_needs_no_torch(tmp_path):

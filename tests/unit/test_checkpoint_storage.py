@@ -81,7 +81,7 @@ def test_of_many_creators_in_a_folder_at_once_one_wins(tmp_path):
     won, start = [], threading.Barrier(8)
 
     def create(number):
-        start.wait(10)
+        start.wait(60)
         try:
             storage.create("mark", b"%d" % number)
             won.append(number)
@@ -229,7 +229,7 @@ def test_only_listing_and_reading_costs_no_torch_and_no_fsspec():
 
     code = "import sys, windlass.checkpoint.store, windlass.checkpoint.persist, windlass.checkpoint.retention\n"
     code += "heavy = [name for name in ('torch', 'fsspec', 'ray') if name in sys.modules]; assert not heavy, heavy"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
 
 

@@ -153,7 +153,7 @@ def test_help_imports_nothing_heavy() -> None:
         f"except SystemExit: print('HEAVY', [m for m in {heavy!r} if m in sys.modules])\n"
     )
     done = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, timeout=60, cwd=CONFIGS.parent
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=120, cwd=CONFIGS.parent
     )
     assert done.stdout.splitlines()[-1] == "HEAVY []", done.stdout + done.stderr
 

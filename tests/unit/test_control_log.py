@@ -70,7 +70,7 @@ def test_many_processes_that_bump_never_get_the_same_generation(tmp_path: Path) 
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(20)
+        thread.join()
     assert sorted(found) == list(range(1, 21))
 
 
@@ -130,7 +130,7 @@ def test_the_token_is_made_once_and_only_the_user_can_read_it(tmp_path: Path) ->
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(20)
+        thread.join()
     assert len(set(found)) == 1 and len(found) == 6 and len(found[0]) == 64
     assert [path.name for path in (tmp_path / "control").iterdir()] == ["token"]
     assert stat.S_IMODE((tmp_path / "control" / "token").stat().st_mode) == 0o600
@@ -151,3 +151,26 @@ def test_a_report_that_cannot_be_written_does_not_stop_a_worker(tmp_path: Path) 
     (tmp_path / "control").write_text("a file")
     PhaseLog(tmp_path, 1, 0).mark("began")
     assert read_phases(tmp_path, 1) == []
+
+
+def test_a_token_that_others_could_have_made_or_read_is_not_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job_token(tmp_path)
+    token = tmp_path / "control" / "token"
+    with monkeypatch.context() as patch:
+        patch.setattr("os.geteuid", lambda: token.stat().st_uid + 1)
+        with pytest.raises(CheckpointError, match=r"token' is not this user's alone .*Remove it, and it is made"):
+            job_token(tmp_path)
+    token.chmod(0o640)
+    with pytest.raises(CheckpointError, match="mode 640"):
+        job_token(tmp_path)
+    token.chmod(0o600)
+    known = job_token(tmp_path)
+    token.rename(tmp_path / "mine")
+    token.symlink_to(tmp_path / "mine")
+    with pytest.raises(CheckpointError, match="token' is a symbolic link"):
+        job_token(tmp_path)
+    token.unlink()
+    assert job_token(tmp_path) != known
+    assert [path.name for path in (tmp_path / "control").iterdir()] == ["token"]

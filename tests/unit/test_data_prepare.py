@@ -186,7 +186,7 @@ def test_a_killed_prepare_leaves_no_half_written_shard_and_is_completed_by_runni
     source = write_jsonl(tmp_path / "rows.jsonl", TEXTS)
     out = tmp_path / "out"
     root = Path(documents.__file__).resolve().parents[1]
-    ended = subprocess.run([sys.executable, "-c", KILLED, source, out], cwd=root, timeout=60)
+    ended = subprocess.run([sys.executable, "-c", KILLED, source, out], cwd=root, timeout=120)
     assert ended.returncode == -signal.SIGKILL
     finished = sorted(path.name for path in out.glob("*.parquet"))
     assert finished == [f"{s}-0000{n}.parquet" for s in ("train", "validation") for n in (0, 1)]

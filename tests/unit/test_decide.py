@@ -277,3 +277,15 @@ def test_the_user_starting_the_run_anew_begins_a_new_history() -> None:
     ]
     assert History.of(records).failures[0].kind == "node"
     assert History.of([*records, {"kind": "launch"}]) == History()
+
+
+def test_a_node_that_is_lost_is_no_mistake_whatever_its_worker_said_first(tmp_path: Path) -> None:
+    log = ControlLog(tmp_path)
+    log.append("decision", action="restart", nodes=["node-0", "node-1"], why="first start")
+    mistake = failed(5, code=4, repeats=True)
+    facts = {name: value for name, value in vars(mistake).items() if name != "kind"}
+    log.append("failure", what="worker", **facts)
+    assert isinstance(decide(History.of(log.records), nodes(1, 1, 1), Limits(2, max_restarts=3)), Stop)
+    log.append("lost", nodes=["node-0"])
+    decision = decide(History.of(log.records), nodes(1, 1, 1, lost=(0,)), Limits(2, max_restarts=3))
+    assert isinstance(decision, Restart) and decision.seating.nodes == ("node-2", "node-1")

@@ -17,9 +17,10 @@ def found(checks: list[Check], name: str) -> Check:
 
 def test_this_machine_is_examined_quickly(tmp_path: Path) -> None:
     examine(str(tmp_path))  # imports
-    began = time.perf_counter()
+    began, computed = time.perf_counter(), time.process_time()
     checks = examine(str(tmp_path / "runs" / "new"))
-    assert time.perf_counter() - began < 3
+    assert time.process_time() - computed < 3
+    assert time.perf_counter() - began < 60, "it waits for nothing, but others may be busy here"
     assert {c.topic for c in checks} == {"versions", "devices", "memory", "limits", "disk", "network", "optional"}
     assert found(checks, "torch").status == OK
     assert found(checks, "run folder").status == OK

@@ -166,7 +166,7 @@ def test_a_drill_runs_the_job_with_enough_restarts_and_fails_if_a_strike_was_not
         return 0
 
     monkeypatch.setattr(local_run, "run_controlled", run)
-    monkeypatch.setattr("windlass.launch.check.check_job", lambda *arguments: None)
+    monkeypatch.setattr("windlass.launch.check.check_job", lambda *arguments, to_run: None)
     with pytest.raises(SystemExit) as ended:
         main(["drill", str(job), "--kill", "rank=1@step=3", "--kill", "rank=0@step=5"])
     assert ended.value.code == 1
@@ -205,3 +205,23 @@ def test_a_launcher_holds_the_lock_of_the_run_folder_as_long_as_it_lives(
     assert local_run.run_controlled(loaded) == 0
     assert f"train.run_dir = '{folder.root}': in use by another run" in seen[0]
     RunLock(folder).release()
+
+
+@pytest.mark.parametrize(("where", "here"), [([], True), (["--ray", "local"], True), (["--ray", "auto"], False)])
+def test_a_drill_in_a_cluster_asks_no_more_of_this_machine_than_a_launch_there(
+    where: list[str], here: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = tmp_path / "job.yaml"
+    job.write_text(f"train: {{steps: 9, run_dir: {tmp_path}/run}}\n")
+    asked: list[bool] = []
+
+    def check_job(loaded: Loaded, workers: int, *, to_run: bool) -> None:
+        asked.append(to_run)
+        raise ConfigError("seen enough")
+
+    monkeypatch.setattr("windlass.launch.check.check_job", check_job)
+    for command in (["drill", str(job), "--kill", "rank=0@step=3"], ["launch", str(job)]):
+        if where or command[0] == "drill":
+            with pytest.raises(SystemExit):
+                main([*command, *where])
+    assert asked == [here] * (1 + bool(where))

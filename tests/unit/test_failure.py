@@ -119,3 +119,20 @@ def test_ranks_are_written_as_spans_that_hold_exactly_those_ranks(ranks: set[int
     spans = format_ranks(list(ranks)).split(" ", 1)[1].split(", ")
     back = [n for span in spans for n in range(int(span.split("-")[0]), int(span.split("-")[-1]) + 1)]
     assert back == sorted(ranks)
+
+
+def test_a_report_is_written_also_after_somebody_has_tidied_up_and_shown_where_it_cannot_be(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail() -> int:
+        raise DataError("shard 3 is damaged")
+
+    file = tmp_path / "gone" / "2" / "error.json"
+    monkeypatch.setenv(ERROR_FILE, str(file))
+    assert guarded(fail, ProcessEnv()) == DataError.exit_code
+    failure = read_failure(file)
+    assert failure is not None and "shard 3" in failure.message
+    (tmp_path / "a file").write_text("")
+    monkeypatch.setenv(ERROR_FILE, str(tmp_path / "a file" / "error.json"))
+    assert guarded(fail, ProcessEnv()) == DataError.exit_code
+    assert "error: shard 3 is damaged" in capsys.readouterr().err

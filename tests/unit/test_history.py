@@ -136,3 +136,27 @@ def test_a_recovery_without_reports_of_workers_still_makes_a_page() -> None:
     record = {"kind": "recovered", "time": 0.0, "generation": 2, "restored": None, "tier": "", "lost": None}
     page = history_page([record | {"why": "in place", "seconds": {}}], None)
     assert "recovered from: 1" in page
+
+
+def test_a_file_that_cannot_be_read_for_a_while_ends_no_run(tmp_path: Path) -> None:
+    add(tmp_path, {"step": 1})
+    watch = StepWatch(tmp_path)
+    add(tmp_path, {"step": 2})
+    assert watch.last() == 2
+    whole = (tmp_path / "metrics.jsonl").rename(tmp_path / "aside")
+    (tmp_path / "metrics.jsonl").symlink_to("metrics.jsonl")  # neither its size nor what it says can be had
+    assert watch.last() == 2
+    began = watch.begin()
+    (tmp_path / "metrics.jsonl").unlink()
+    whole.rename(tmp_path / "metrics.jsonl")
+    assert began == (tmp_path / "metrics.jsonl").stat().st_size and watch.last() == 0
+
+
+def test_the_page_tells_of_a_worker_whatever_its_message_holds(tmp_path: Path) -> None:
+    log = ControlLog(tmp_path)
+    said = "no file '\udcff'"
+    log.append("failure", what="worker", rank=0, node="", step=3, message=said)
+    write_history(tmp_path, log.records)
+    assert "no file '\\udcff'" in (tmp_path / "history.md").read_text(encoding="utf-8")
+    assert json.loads((tmp_path / "history.jsonl").read_text(encoding="utf-8"))["message"] == said
+    assert not list(tmp_path.glob(".history*"))

@@ -1,9 +1,11 @@
 """Lanes: order, priorities, failures, throttling, and that nothing ever hangs."""
 
+import re
 import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,12 +16,13 @@ from hypothesis import strategies as st
 from tests.waiting import until
 from windlass.dist.errors import OffloadError
 from windlass.dist.trace import Tracer
+from windlass.offload import lane as lane_module
 from windlass.offload.lane import PRIORITY, Lanes
 
 
 @pytest.fixture
 def lanes() -> Iterator[Lanes]:
-    made = Lanes(Tracer(enabled=True), watchdog_s=20)
+    made = Lanes(Tracer(enabled=True), watchdog_s=60)
     yield made
     made.close()
 
@@ -32,10 +35,10 @@ class Gate:
 
         def work() -> None:
             begun.set()
-            self._open.wait(30)
+            self._open.wait(60)
 
         self.future = lanes.submit(lane, work, label="gate", priority=0)
-        assert begun.wait(10)
+        assert begun.wait(60)
 
     def open(self) -> None:
         self._open.set()
@@ -104,7 +107,7 @@ def test_then_runs_at_once_or_in_the_thread_that_completes_the_last(lanes: Lanes
 def test_tasks_record_no_gradients_and_their_threads_end_with_the_process(lanes: Lanes) -> None:
     prepared: list[str] = []
     own = Lanes(Tracer(), workers={"h2d": 2}, prepare=lambda: prepared.append(threading.current_thread().name))
-    meet = threading.Barrier(2, timeout=10)
+    meet = threading.Barrier(2, timeout=60)
 
     def work() -> bool:
         meet.wait()
@@ -128,7 +131,7 @@ def test_tasks_record_no_gradients_and_their_threads_end_with_the_process(lanes:
 def test_every_task_runs_once_after_its_needs_unless_one_of_them_failed(
     rows: list[tuple[int, int, set[int], bool]], fails: int
 ) -> None:
-    lanes, ran, lock = Lanes(Tracer(), watchdog_s=20), [], threading.Lock()
+    lanes, ran, lock = Lanes(Tracer(), watchdog_s=60), [], threading.Lock()
     futures: list[Future[Any]] = []
     needs = [{i - back for back in backs if back <= i} for i, (_, _, backs, _) in enumerate(rows)]
     doomed: set[int] = set()
@@ -149,7 +152,7 @@ def test_every_task_runs_once_after_its_needs_unless_one_of_them_failed(
         else:
             futures.append(lanes.submit("abc"[lane], work, after=after, priority=priority))
     for i, future in enumerate(futures):
-        assert (type(future.exception(20)) is KeyError) == (i in doomed)
+        assert (type(future.exception(60)) is KeyError) == (i in doomed)
     assert sorted(ran) == sorted(set(range(len(rows))) - doomed | ({fails} & doomed))
     if doomed:
         with pytest.raises(KeyError):
@@ -171,7 +174,7 @@ def test_a_failure_reaches_those_that_depend_on_it_and_every_later_wait(lanes: L
     with pytest.raises(OSError, match="bad sector"):
         lanes.wait(write)
     independent = lanes.submit("h2d", lambda: ran.append("copy"))
-    assert independent.result(10) is None and ran == ["copy"]
+    assert independent.result(60) is None and ran == ["copy"]
     with pytest.raises(OSError, match="bad sector"):
         lanes.wait(independent)
     with pytest.raises(OSError, match="bad sector"):
@@ -198,10 +201,10 @@ def test_what_would_end_the_process_in_silence_becomes_an_error(lanes: Lanes) ->
 
 
 def test_a_thread_that_cannot_be_prepared_is_noticed_at_the_next_wait() -> None:
-    lanes = Lanes(Tracer(), prepare=lambda: _raise(RuntimeError("no such device")), watchdog_s=20)
+    lanes = Lanes(Tracer(), prepare=lambda: _raise(RuntimeError("no such device")), watchdog_s=60)
     with pytest.raises(RuntimeError, match="no such device"):
         lanes.wait(lanes.submit("h2d", lambda: None))
-    lanes._lanes["h2d"].threads[0].join(10)
+    lanes._lanes["h2d"].threads[0].join(60)
     assert "h2d: runs nothing, a thread of it has ended" in lanes.report()
     lanes.close()
 
@@ -213,7 +216,7 @@ def test_long_chains_neither_succeed_nor_fail_by_recursion(lanes: Lanes) -> None
         for _ in range(3000):
             last = lanes.then([last], lambda: None)
         gate.open()
-        assert type(last.exception(20)) is (OSError if fails else type(None))
+        assert type(last.exception(60)) is (OSError if fails else type(None))
 
 
 def test_a_cancelled_task_fails_only_those_that_need_it(lanes: Lanes) -> None:
@@ -242,7 +245,7 @@ def test_the_watchdog_says_what_every_lane_does_and_who_waits_for_what() -> None
         lanes.wait(copy, "parameters of block 4")
     text = str(caught.value)
     assert "parameters of block 4 (h2d 'copy block 4') was not there after 0.2 s (offload.watchdog_s)" in text
-    assert "file read: runs 'gate' for 0." in text and "queued 'read block 3'" in text
+    assert re.search(r"file read: runs 'gate' for \d+\.\d s", text) and "queued 'read block 3'" in text
     assert "waiting: h2d 'copy block 4' for file read 'gate', a slab" in text
     gate.open()
     lanes.close()
@@ -251,10 +254,16 @@ def test_the_watchdog_says_what_every_lane_does_and_who_waits_for_what() -> None
 # -- accounting ------------------------------------------------------------------------------------------------------
 
 
-def test_counters_tell_busy_bytes_and_stalls_by_lane(lanes: Lanes) -> None:
-    gate = Gate(lanes, "file read")
+def test_counters_tell_busy_bytes_and_stalls_by_lane(lanes: Lanes, monkeypatch: pytest.MonkeyPatch) -> None:
+    gate, span = Gate(lanes, "file read"), lanes.tracer.span
+
+    def opening(name: str, lane: str, **args: Any) -> Any:
+        if lane == "wait":
+            threading.Timer(0.05, gate.open).start()
+        return span(name, lane, **args)
+
+    monkeypatch.setattr(lanes.tracer, "span", opening)  # so that the gate opens while it is waited for
     copy = lanes.submit("h2d", lambda: torch.ones(500, 500).sum(), after=[gate.future], num_bytes=640, label="copy")
-    threading.Timer(0.05, gate.open).start()
     lanes.wait(copy, "block 1")
     lanes.wait(copy, "block 1")
     counters = lanes.take_counters()
@@ -281,11 +290,23 @@ def test_a_throttled_lane_keeps_its_rate_over_many_tasks(workers: int) -> None:
     start = time.perf_counter()
     tasks = [lanes.submit("d2h", lambda: None, num_bytes=5000) for _ in range(40)]
     free = lanes.submit("h2d", lambda: None, num_bytes=10**9)
-    lanes.wait(free)
-    assert time.perf_counter() - start < 0.15
+    lanes.wait(free)  # at the rate of the other lane it would take a quarter of an hour
     lanes.wait(lanes.all(tasks))
-    assert 0.19 < time.perf_counter() - start < 0.35
+    assert time.perf_counter() - start > 0.19
     assert sum(c.num_bytes for c in lanes.take_counters().values()) == 10**9 + 200_000
+    lanes.close()
+
+
+def test_a_throttled_lane_makes_up_for_threads_that_wake_up_late(monkeypatch: pytest.MonkeyPatch) -> None:
+    lanes, now, late_s = Lanes(Tracer(), rates={"d2h": 1e6}), [100.0], 0.9 * lane_module.CREDIT_S
+    gate = Gate(lanes, "d2h")
+    monkeypatch.setattr(lane_module, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    monkeypatch.setattr(lanes._closed, "wait", lambda seconds: now.__setitem__(0, now[0] + seconds + late_s))
+    tasks = [lanes.submit("d2h", lambda: None, num_bytes=5000) for _ in range(40)]
+    gate.open()
+    lanes.wait(lanes.all(tasks))
+    assert now[0] == pytest.approx(100.0 + 0.2 + late_s)
+    monkeypatch.undo()
     lanes.close()
 
 
@@ -315,9 +336,9 @@ def test_closing_cancels_what_has_not_begun_and_leaves_behind_what_hangs() -> No
     until(lambda: len(lanes._waiters) == len(threads))
     start = time.perf_counter()
     lanes.close()
-    assert 0.9 < time.perf_counter() - start < 1.5
+    assert 0.9 < time.perf_counter() - start < 30, "the gate stays shut for longer"
     for thread in threads:
-        thread.join(10)
+        thread.join(60)
     assert sorted(str(error) for error in caught) == [
         "lanes: closed while file read 'gate' was waited for",
         "lanes: h2d 'waiting' was cancelled before it began",

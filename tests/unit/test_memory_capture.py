@@ -11,7 +11,7 @@ import torch
 
 from tests.snapshot_state import JOB, HeldState, capturer, hashed, mixed_tensors, same, slots, whole_steps
 from tests.waiting import until
-from windlass.checkpoint.memory import copier
+from windlass.checkpoint.memory import capture, copier
 from windlass.checkpoint.memory import folder as folder_module
 from windlass.checkpoint.memory.folder import NodeFolder
 from windlass.checkpoint.memory.segment import State, parity_hashes, segment_bytes
@@ -23,6 +23,30 @@ FACTS = {"step": 1, "cursor": {"consumed": 96}, "loss": 0.1}
 
 def flat(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {key: tensor.reshape(-1).clone() for key, tensor in tensors.items()}
+
+
+class Link:
+    """In place of a pace: the buckets that a test lets through have had the time to pass."""
+
+    def __init__(self):
+        self.rate, self._passed = None, threading.Semaphore(0)
+
+    def __call__(self, bytes_per_s):
+        self.rate = bytes_per_s
+        return self
+
+    def spend(self, num_bytes):
+        assert self._passed.acquire(timeout=60)
+
+    def let(self, num_buckets):
+        self._passed.release(num_buckets)
+
+
+@pytest.fixture
+def link(monkeypatch):
+    made = Link()
+    monkeypatch.setattr(capture, "Pace", made)
+    return made
 
 
 def whole_headers(taker):
@@ -74,15 +98,24 @@ def test_state_on_loan_is_opened_in_order_once_and_only_if_it_is_needed(tmp_path
     taker.close()
 
 
-def test_the_gate_waits_for_the_copy_and_for_nothing_else(tmp_path):
-    source = HeldState({"model.w": torch.zeros(1 << 18)})  # 1 MiB
+def test_the_gate_waits_for_the_copy_and_for_nothing_else(tmp_path, link, monkeypatch):
+    source = HeldState({"model.w": torch.zeros(1 << 18)})  # 1 MiB: 16 buckets
     taker = capturer(tmp_path, source, link_bytes_per_s=2e6)
+    assert link.rate == 2e6
     slot = slots(taker.folder)[0]
     assert taker.snapshot(1, {})
     until(lambda: slot.header() is not None)
     half = slot.header()
     assert half is not None and half.state == State.FILLING and slot.progress < half.num_bytes
     assert not taker.ready()  # one at a time
+    assert taker._under_way is not None
+    done, wait = taker._under_way.done, taker._under_way.done.wait
+
+    def wait_for_the_link(timeout_s):
+        threading.Timer(0.1, link.let, (16,)).start()
+        return wait(timeout_s)
+
+    monkeypatch.setattr(done, "wait", wait_for_the_link)
     waited = taker.gate()
     assert waited > 0.1 and taker.counters.gate_s == waited
     whole = slot.header()
@@ -91,9 +124,9 @@ def test_the_gate_waits_for_the_copy_and_for_nothing_else(tmp_path):
     taker.close()
 
 
-def test_progress_grows_in_order_so_that_chunks_can_be_hashed_as_they_land(tmp_path):
+def test_progress_grows_in_order_so_that_chunks_can_be_hashed_as_they_land(tmp_path, link):
     source = HeldState({f"model.{i}": torch.full((16 << 10,), float(i)) for i in range(8)})
-    taker = capturer(tmp_path, source, link_bytes_per_s=4e6)
+    taker = capturer(tmp_path, source)
     taker.snapshot(1, {})
     slot, seen, chunk = slots(taker.folder)[0], [0], 64 << 10
     while seen[-1] < taker.layout.num_bytes:
@@ -102,7 +135,8 @@ def test_progress_grows_in_order_so_that_chunks_can_be_hashed_as_they_land(tmp_p
         assert np.all(
             slot.data[: seen[-1] // chunk * chunk].view(np.float32)[:: chunk // 4] == np.arange(seen[-1] // chunk)
         )
-    assert len(seen) > 3 and taker.gate() >= 0.0
+        link.let(1)
+    assert seen == [i * chunk for i in range(9)] and taker.gate() >= 0.0
     taker.close()
 
 
@@ -280,20 +314,23 @@ def test_state_that_has_other_pieces_than_its_layout_is_refused(tmp_path):
     taker.close()
 
 
-def test_a_gate_that_never_opens_says_who_and_how_far(tmp_path, monkeypatch):
-    monkeypatch.setattr("windlass.checkpoint.memory.capture.GATE_S", 0.01)
-    taker = capturer(tmp_path, HeldState({"model.w": torch.ones(1 << 16)}), link_bytes_per_s=1e6)
+def test_a_gate_that_never_opens_says_who_and_how_far(tmp_path, link, monkeypatch):
+    monkeypatch.setattr(capture, "GATE_S", 0.01)
+    taker = capturer(tmp_path, HeldState({"model.w": torch.ones(1 << 16)}))
     taker.snapshot(1, {})
     with pytest.raises(CheckpointError, match=r"rank 0: the snapshot of step 1 was not copied .*of 262144 bytes"):
         taker.gate()
+    link.let(4)
+    monkeypatch.undo()
     taker.close()
 
 
-def test_a_slot_that_somebody_else_wrote_meanwhile_is_not_said_to_be_whole(tmp_path):
-    taker = capturer(tmp_path, HeldState({"model.w": torch.ones(1 << 16)}), link_bytes_per_s=2e6)
+def test_a_slot_that_somebody_else_wrote_meanwhile_is_not_said_to_be_whole(tmp_path, link):
+    taker = capturer(tmp_path, HeldState({"model.w": torch.ones(1 << 16)}))
     taker.snapshot(1, {})
     until(lambda: slots(taker.folder)[0].header() is not None)
     assert slots(taker.folder)[0].free()
+    link.let(4)
     with pytest.raises(CheckpointError, match="somebody else wrote slot 0"):
         taker.gate()
     assert slots(taker.folder)[0].header() is None

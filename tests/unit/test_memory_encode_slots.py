@@ -12,8 +12,8 @@ import pytest
 from windlass.checkpoint.memory import encode
 from windlass.checkpoint.memory.decode import Decoder
 from windlass.checkpoint.memory.encode import (
-    checked,
     encode_slot,
+    member_facts,
     parity_header,
     seal_slot,
 )
@@ -79,25 +79,24 @@ def test_a_parity_slot_says_all_that_must_be_known_of_a_lost_member(nodes: dict[
     for rank, header in headers.items():
         assert nodes[rank].parity.slots[0].header() == header and header.state == State.ENCODED
         assert (header.role, header.rank, header.step, header.generation) == (PARITY, rank, 7, 2)
-        assert header.sizes == dict(zip(STRIPES.ranks, STRIPES.sizes, strict=True))
         assert header.layouts == {r: f"layout-{r}" for r in STRIPES.ranks}
         assert set(header.hashes) == {OWN_PARITY, *STRIPES.ranks} and len(header.hashes[0]) == 16
     for lost in itertools.combinations(STRIPES.ranks, 2):
-        known = {r: f for rank, h in headers.items() if rank not in lost for r, f in h.facts["members"].items()}
-        assert all(known[str(rank)] == {"step": 7, "rng": f"of rank {rank}"} for rank in lost)
+        left = [header.facts for rank, header in headers.items() if rank not in lost]
+        known = {rank: [f for facts in left if (f := member_facts(facts, rank)) is not None] for rank in lost}
+        assert all(
+            known[rank] and all(f == {"step": 7, "rng": f"of rank {rank}"} for f in known[rank]) for rank in lost
+        )
 
 
 def test_lost_members_are_rebuilt_from_slots_and_match_the_hashes_the_survivors_keep(nodes: dict[int, Node]) -> None:
     headers = {rank: encoded(nodes, rank) for rank in STRIPES.ranks}
     for lost in itertools.combinations(STRIPES.ranks, 2):
-        tables = {(r, PARITY): h.hashes[OWN_PARITY] for r, h in headers.items() if r not in lost}
-        tables |= {(r, DATA): nodes[r].header.hashes[r] for r in STRIPES.ranks if r not in lost}
-        decoder = Decoder(
-            STRIPES, {(rank, role) for rank in lost for role in (DATA, PARITY)}, checked(fetch_of(nodes), tables, CHUNK)
-        )
-        survivor = next(headers[r] for r in STRIPES.ranks if r not in lost)
+        left = {rank: node for rank, node in nodes.items() if rank not in lost}
+        decoder = Decoder(STRIPES, {(rank, role) for rank in lost for role in (DATA, PARITY)}, fetch_of(left))
+        survivor = next(headers[r] for r in left)
         for rank in lost:
-            size = survivor.sizes[rank]
+            size = STRIPES.sizes[rank]
             found = np.frombuffer(decoder.read(rank, 0, size), np.uint8)
             assert np.array_equal(hash_chunks(found, size, CHUNK), survivor.hashes[rank])
             assert np.array_equal(found, nodes[rank].data.slots[0].data[:size])
@@ -222,16 +221,7 @@ def test_members_protect_each_other_over_the_wire(nodes: dict[int, Node]) -> Non
     for rank, node in nodes.items():
         encode_slot(node.parity.slots[0], STRIPES, rank, members, fetch)
     servers[0].close()  # without a word: its client finds out
-    decoder = Decoder(STRIPES, {(0, DATA)}, checked(fetch, tables_of(nodes), CHUNK))
+    decoder = Decoder(STRIPES, {(0, DATA)}, fetch)
     assert bytes(decoder.read(0, 0, 1003)) == nodes[0].data.slots[0].data[:1003].tobytes()
     for server in servers.values():
         server.close()
-
-
-def tables_of(nodes: Mapping[int, Node]) -> dict[tuple[int, str], np.ndarray]:
-    tables = {(rank, DATA): node.header.hashes[rank] for rank, node in nodes.items()}
-    for rank, node in nodes.items():
-        header = node.parity.slots[0].header()
-        assert header is not None
-        tables[rank, PARITY] = header.hashes[OWN_PARITY]
-    return tables

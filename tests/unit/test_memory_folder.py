@@ -152,9 +152,9 @@ def test_a_replaced_file_leaves_no_other_behind_when_it_fails(folder, monkeypatc
 
 def test_too_little_room_says_what_is_needed_and_what_is_there(folder, monkeypatch):
     monkeypatch.setattr(module, "_memory_left", lambda: (100 << 20) + module.SPARE_BYTES)
-    folder.check_room(100 << 20, "2 snapshots")
+    folder.check_room(100 << 20, "2 snapshots", 2)
     with pytest.raises(CheckpointError, match=r"2 snapshots need 300\.0 MiB, 100\.0 MiB can be had.*200\.0 MiB more"):
-        folder.check_room(300 << 20, "2 snapshots")
+        folder.check_room(300 << 20, "2 snapshots", 2)
 
 
 def test_room_is_the_least_of_file_system_and_memory(folder):
@@ -195,8 +195,9 @@ def test_a_folder_whose_lease_runs_is_kept(tmp_path, folder):
     assert list(collect_garbage(tmp_path, lease_s=60.0)) == [] and folder.path.exists()
 
 
-def test_a_folder_just_made_is_kept_before_its_first_lease(tmp_path, folder):
-    assert not folder.lease_path.exists()
+def test_a_folder_that_a_launch_has_just_taken_up_again_is_kept_though_its_lease_was_over(tmp_path, folder):
+    old_lease(folder)
+    folder.create()
     assert list(collect_garbage(tmp_path, lease_s=60.0)) == [] and folder.path.exists()
 
 
@@ -261,3 +262,14 @@ def test_the_snapshot_process_needs_no_torch():
     code += "sys.exit(any(m.split('.')[0] == 'torch' for m in sys.modules))"
     root = Path(module.__file__).parents[2]
     assert subprocess.run([sys.executable, "-c", code], cwd=root, check=False).returncode == 0
+
+
+def test_a_layout_that_was_damaged_is_replaced_by_whoever_has_it(folder):
+    layout = Layout((), 64, {"a": 1})
+    folder.put_layout(layout)
+    path = folder.layout_path(layout.digest)
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(CheckpointError, match="damaged"):
+        folder.read_layout(layout.digest)
+    folder.put_layout(layout)
+    assert folder.read_layout(layout.digest) == layout

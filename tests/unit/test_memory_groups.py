@@ -71,7 +71,7 @@ def test_without_redundancy_every_rank_is_alone() -> None:
         ("replica", 0, 4, r"groups of 5 .* Use snapshot\.parity = 2"),
         ("reed_solomon", 2, 2, r"needs at least 3 members\. Use snapshot\.group = 3"),
         ("xor", 1, 1, r"needs at least 2 members"),
-        ("xor", 33, 1, "at most 32"),
+        ("reed_solomon", 33, 2, r"at most 32 .* Use snapshot\.group = 32"),
     ],
 )
 def test_groups_that_cannot_be_are_refused_with_a_value_that_works(
@@ -111,7 +111,7 @@ def test_memory_factors_are_those_of_the_codes() -> None:
         memory_factor(*case) for case in [("none", 1, 4), ("replica", 1, 2), ("xor", 1, 8), ("reed_solomon", 2, 8)]
     ]
     assert found == [1.0, 2.0, 8 / 7, 8 / 6]
-    assert (num_parity("xor", 1, 1), num_parity("replica", 1, 3), num_parity("reed_solomon", 4, 3)) == (0, 2, 2)
+    assert (num_parity("xor", 1, 1), num_parity("replica", 3, 3), num_parity("reed_solomon", 4, 3)) == (0, 2, 2)
 
 
 # -- membership ------------------------------------------------------------------------------------------------------
@@ -208,7 +208,7 @@ def test_threads_share_the_rate() -> None:
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(10)
+        thread.join()
     assert sorted(waits) == pytest.approx([0.01 * i for i in range(1, 21)], abs=1e-9)
 
 
@@ -223,3 +223,28 @@ def test_replicas_of_one_rack_cannot_protect_each_other():
     assert cross_units([(0, 2), (1, 3)], nodes, racks)
     assert cross_units([(0, 1), (2, 3)], nodes, {})  # without racks nodes count
     assert weaknesses(plan_groups(nodes, racks, "xor"), nodes, racks, "xor", 1) == []
+
+
+def test_a_pace_may_be_lifted_while_somebody_books() -> None:
+    def lifts() -> float:
+        pace.lift()
+        return 0.0
+
+    pace = Pace(1.0)
+    pace._clock = lifts
+    assert pace.reserve(10) >= 0.0
+
+
+@pytest.mark.parametrize(("scheme", "size", "k"), [("xor", 2, 1), *(("replica", 0, k) for k in (1, 2, 3))])
+@pytest.mark.parametrize("n", range(2, 13))
+def test_no_rank_is_left_over_where_groups_do_not_come_out_even(scheme: str, size: int, k: int, n: int) -> None:
+    nodes = nodes_of(*[1] * n)
+    groups = plan_groups(nodes, {}, scheme, size, k, degraded=True)
+    assert min(map(len, groups)) >= min(k + 1, n)
+    assert [num_parity(scheme, k, len(group)) for group in groups] == [min(k, n - 1)] * len(groups)
+    assert bool(weaknesses(groups, nodes, {}, scheme, k)) == (n <= k)
+    assert n <= k or plan_groups(nodes, {}, scheme, size, k) == groups
+
+
+def test_an_xor_has_no_largest_group() -> None:
+    assert plan_groups(nodes_of(*[1] * 40), {}, "xor", 40) == (tuple(range(40)),)

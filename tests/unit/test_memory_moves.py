@@ -128,8 +128,8 @@ def test_any_lost_member_is_rebuilt_from_parity_that_no_network_made(tmp_path, n
                 (step, State.COPIED, "parity"),
             ]
             data[rank], parity[rank] = (slot.data.copy() for slot in found)
-            sizes = tuple(headers[1].sizes[member] for member in group)
             assert all(slot.free() for slot in found)
+        sizes = (*sizes, taker.layout.num_bytes)
         taker.close()
     stripes = Stripes(group, sizes, 1, 4096)
     for lost in group:

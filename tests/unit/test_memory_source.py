@@ -73,9 +73,10 @@ def test_a_step_in_memory_is_cut_anew_for_any_number_of_ranks(tmp_path, num_rank
 
 
 SCHEMES = [(4, "xor", 1), (3, "replica", 2), (2, "replica", 1), (5, "reed_solomon", 2), (6, "reed_solomon", 3)]
+UNEVEN = [(3, "replica", 1), (5, "replica", 2)]  # groups that are larger than copies need
 
 
-@pytest.mark.parametrize("num_ranks, scheme, k", SCHEMES)
+@pytest.mark.parametrize("num_ranks, scheme, k", SCHEMES + UNEVEN)
 def test_any_nodes_within_the_tolerance_are_decoded_bit_by_bit(tmp_path, num_ranks, scheme, k):
     nodes, state, _ = nodes_of(tmp_path, num_ranks, scheme=scheme, k=k)
     every = nodes.holdings()

@@ -29,8 +29,8 @@ def test_nodes_without_ranks_are_asked_and_no_connection_to_them_stays_open(tmp_
         case = make(handle=handle)
         nobody = make()
         nobody.server.close()
-        with SnapshotClient(HOST, nobody.server.port, JOB, TOKEN, 1.0, generation=3) as own:
-            survey = Survey(own, folder, None, 1.0)
+        with SnapshotClient(HOST, nobody.server.port, JOB, TOKEN, 30.0, generation=3) as own:
+            survey = Survey(own, folder, None, 30.0)
             asked = survey.ask([("node-8", HOST, nobody.server.port), ("node-9", HOST, case.server.port)])
             assert [report["node"] for report in asked] == ["node-8", "node-9"]
             assert asked[0]["problem"] and not asked[1]["problem"]

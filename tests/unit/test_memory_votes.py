@@ -141,3 +141,14 @@ def test_decrees_that_come_in_any_order_lead_to_the_same_end(order: list[Decree]
     for decree in [*order, order[0]]:
         merged = decree.after(merged)
     assert merged == Decree(1, 3, 5, (6,))
+
+
+def test_a_step_that_was_given_up_is_not_committed_by_reports_from_before_it_was_freed() -> None:
+    ballot = Ballot(1, NODES)
+    whole, later = {10: State.COMMITTED, 11: State.ENCODED}, {10: State.COMMITTED, 12: State.FILLING}
+    ballot.hear(report("a", 1, whole, passed=11))
+    ballot.hear(report("b", 1, whole, passed=11))
+    ballot.hear(report("c", 1, later, passed=12))  # it looked at one slot before 11 was filled, at the other after
+    assert ballot.dropped == {11}
+    ballot.hear(report("c", 2, {**later, 11: State.ENCODED}, passed=12))
+    assert ballot.watermark == 10 and ballot.dropped == {11}

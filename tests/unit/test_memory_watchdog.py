@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -15,6 +16,7 @@ import pytest
 
 from tests.waiting import until
 from windlass.checkpoint.memory import pids
+from windlass.checkpoint.memory import watchdog as watchdog_module
 from windlass.checkpoint.memory.folder import NodeFolder
 from windlass.checkpoint.memory.heartbeat import Beat, Phase, process_started, read_heartbeat
 from windlass.checkpoint.memory.settings import Settings
@@ -76,7 +78,7 @@ def stuck_in_a_collective():
     beats.beat(Phase.STEP, 3)
     beats.beat(Phase.STEP, 4)
     print("on", flush=True)
-    time.sleep(60)
+    time.sleep(600)
 stuck_in_a_collective()
 """
 
@@ -114,15 +116,17 @@ def watch(ranks: Ranks, told: list[Stall], hang_s: float) -> Watchdog:
 
 
 def test_a_hang_gets_the_stacks_written_and_all_ranks_of_the_node_killed_with_the_stopped_one_named(
-    ranks: Ranks,
+    ranks: Ranks, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     hanging, stopped = ranks.start(0), ranks.start(1)
     os.kill(stopped.pid, signal.SIGSTOP)
     until(lambda: pids.letter(stopped.pid) == pids.STOPPED)
     told: list[Stall] = []
+    monkeypatch.setattr(watchdog_module, "STACKS_S", 60.0)
+    monkeypatch.setattr(watchdog_module, "MEDIANS", 0)  # or a rank whose one step was slow would be given longer
     watchdog = watch(ranks, told, hang_s=0.2)
-    until(lambda: bool(watchdog.look()))
-    assert [process.wait(5) for process in (hanging, stopped)] == [-signal.SIGKILL, -signal.SIGKILL]
+    until(lambda: bool(watchdog.look()), 60.0)
+    assert [process.wait(60) for process in (hanging, stopped)] == [-signal.SIGKILL, -signal.SIGKILL]
     assert "stuck_in_a_collective" in (ranks.run / "stacks" / "gen-1-rank-0.txt").read_text()
     verdicts = [json.loads(ranks.folder.verdict_path(rank).read_text()) for rank in (0, 1)]
     assert [v["suspect"] for v in verdicts] == [False, True] and verdicts[1]["state"] == "T"
@@ -176,4 +180,17 @@ def test_a_number_that_means_another_process_now_is_never_signalled(ranks: Ranks
     assert started is not None
     assert not pids.send(process.pid, started + 1, signal.SIGKILL)
     assert pids.kill([(process.pid, started + 1)], 1.0) == [] and process.poll() is None
-    assert pids.kill([(process.pid, started)], 5.0) == [] and process.wait(5) == -signal.SIGKILL
+    assert pids.kill([(process.pid, started)], 60.0) == [] and process.wait(60) == -signal.SIGKILL
+
+
+def test_a_rank_that_hangs_ends_though_there_is_no_room_for_the_verdict(
+    ranks: Ranks, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(folder: NodeFolder, path: Path, data: bytes) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    hanging = ranks.start(0)
+    watchdog = watch(ranks, [], hang_s=0.2)
+    monkeypatch.setattr(NodeFolder, "replace", full)
+    until(lambda: bool(watchdog.look()))
+    assert hanging.wait(60) == -signal.SIGKILL

@@ -2,10 +2,11 @@
 
 import threading
 import time
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 
 import pytest
 
+from tests.waiting import until
 from windlass.checkpoint.memory import writing as writing_module
 from windlass.checkpoint.memory.membership import Member, Membership
 from windlass.checkpoint.memory.writing import LOCAL, STORAGE, Writing
@@ -71,13 +72,16 @@ def test_a_question_is_answered_as_soon_as_the_step_is_written(writing, persiste
     writing.start(STORAGE, 1, "t")
     threading.Timer(0.1, persister.go.set).start()
     asked = time.monotonic()
-    assert writing.poll(STORAGE, 1) == ({"known": True, "done": True, "problem": ""}, b'{"num_bytes": 7}')
+    assert writing.poll(STORAGE, 1) == (
+        {"known": True, "done": True, "moved": 0, "problem": ""},
+        b'{"num_bytes": 7}',
+    )
     assert time.monotonic() - asked < 30
 
 
 def test_a_question_is_answered_in_time_while_the_step_is_written(writing):
     writing.start(STORAGE, 1, "t")
-    assert writing.poll(STORAGE, 1) == ({"known": True, "done": False, "problem": ""}, None)
+    assert writing.poll(STORAGE, 1) == ({"known": True, "done": False, "moved": 0, "problem": ""}, None)
     assert writing.poll(STORAGE, 2) == ({"known": False}, None)
 
 
@@ -125,3 +129,76 @@ def test_only_a_folder_that_this_node_has_made_is_removed(writing, persister, mo
     assert "no room" in until_done(writing, LOCAL, 1)[0]["problem"]
     writing.forget(LOCAL, 1)
     assert persister.abandoned == []
+
+
+class Pins(NoSlots):
+    """Remembers which steps are kept."""
+
+    def __init__(self):
+        self.kept = set()
+
+    @contextmanager
+    def pinned(self, generation, step):
+        self.kept.add(step)
+        yield
+        self.kept.discard(step)
+
+
+class Going(Gated):
+    """A persister that says how far it has come, and waits between its parts."""
+
+    def prepare(self, *args):
+        come_further = args[-1]
+        come_further()
+        super().prepare()
+        come_further()
+        return {"num_bytes": 7}
+
+
+@pytest.mark.parametrize("give_up", [lambda writing: writing.forget(STORAGE, 1), Writing.stop])
+def test_a_step_that_was_given_up_keeps_no_slot_and_stops_with_its_next_part(writing, give_up):
+    slots, persister = Pins(), Going()
+    writing = Writing(writing.membership, "node-1", slots, persister, lambda line: None)
+    writing.start(STORAGE, 1, "t")
+    until(lambda: writing.poll(STORAGE, 1)[0]["moved"] == 1)
+    assert slots.kept == {1}
+    give_up(writing)
+    assert slots.kept == set()
+    persister.go.set()
+    assert "step 1 was given up" in until_done(writing, STORAGE, 1)[0]["problem"]
+
+
+def test_another_step_of_a_level_is_not_begun_while_one_that_was_given_up_is_written(writing, persister):
+    writing.start(STORAGE, 1, "t")
+    writing.start(LOCAL, 1, "t")  # another level does not mind
+    writing.forget(STORAGE, 1)
+    with pytest.raises(CheckpointError, match="node-1 is still writing step 1, for an attempt that was given up"):
+        writing.start(STORAGE, 2, "another")
+    persister.go.set()
+    until_done(writing, STORAGE, 1)
+    assert writing.start(STORAGE, 2, "another") == {}
+    assert not writing.poll(STORAGE, 1)[0]["known"]
+    until_done(writing, STORAGE, 2)
+
+
+def test_a_drive_that_hangs_while_a_step_is_made_to_count_holds_up_no_other_level(writing, persister, monkeypatch):
+    there, hangs = threading.Event(), threading.Event()
+
+    def commit(*args):
+        there.set()
+        assert hangs.wait(30)
+        return "place"
+
+    monkeypatch.setattr(persister, "commit", commit, raising=False)
+    persister.go.set()
+    writing.start(LOCAL, 1, "t")
+    until_done(writing, LOCAL, 1)
+    committing = threading.Thread(target=writing.commit_local, args=(1,))
+    committing.start()
+    assert there.wait(30)
+    writing.start(STORAGE, 1, "t")
+    until_done(writing, STORAGE, 1)
+    hangs.set()
+    committing.join(30)
+    writing.forget(LOCAL, 1)
+    assert persister.abandoned == [], "what counts is not removed"

@@ -8,6 +8,8 @@ import os
 import signal
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,6 +20,7 @@ from windlass.checkpoint.memory.client import SnapshotClient
 from windlass.checkpoint.memory.fencing import fence
 from windlass.checkpoint.memory.folder import NodeFolder, SnapshotProcess
 from windlass.checkpoint.memory.heartbeat import Heartbeat, Phase, process_started
+from windlass.checkpoint.memory.service import KEPT_S, Service
 from windlass.checkpoint.memory.settings import Settings
 from windlass.dist.errors import CheckpointError
 from windlass.launch.keeper import Keeper
@@ -31,7 +34,7 @@ from pathlib import Path
 from windlass.checkpoint.memory.heartbeat import Heartbeat
 Heartbeat(Path(sys.argv[1]), int(sys.argv[2]))
 print("beating", flush=True)
-threading.Event().wait(60)
+threading.Event().wait(600)
 """
 
 
@@ -49,7 +52,7 @@ def test_fencing_raises_the_generation_ends_older_workers_and_has_the_node_serve
     )
     assert trainer.stdout is not None and "beating" in trainer.stdout.readline()
     memory.fence(2)
-    assert trainer.wait(10) == -signal.SIGKILL
+    assert trainer.wait(60) == -signal.SIGKILL
     served = folder.read_smp()
     assert folder.read_generation() == 2 and served is not None and served.alive
     memory.release(ok=True)
@@ -61,7 +64,7 @@ def test_a_killed_snapshot_process_is_replaced_and_that_is_news_once(folder: Nod
     memory.fence(1)
     first = memory.kill()
     news: list[str] = []
-    until(lambda: bool(news.extend(memory.tend()) or news), 20)
+    until(lambda: bool(news.extend(memory.tend()) or news), 60)
     served = folder.read_smp()
     assert served is not None and served.alive and served.pid != first
     assert len(news) == 1 and "snapshot process of node-0 replaced" in news[0]
@@ -107,7 +110,7 @@ def test_the_keeper_of_a_node_goes_on_after_a_start_that_failed(
     failing = Failing(folder, 1)
     monkeypatch.setattr(memory._supervisor, "check", failing.check)
     news: list[str] = []
-    until(lambda: bool(news.extend(memory.tend()) or len(news) == 2), 20)
+    until(lambda: bool(news.extend(memory.tend()) or len(news) == 2), 60)
     assert "cannot be replaced" in news[0] and "replaced in" in news[1]
     memory.release(ok=True)
 
@@ -164,7 +167,7 @@ def test_what_others_made_under_our_name_is_neither_removed_nor_has_it_anybody_k
     there = home if depth == 0 else home / folder.node
     there.mkdir(parents=True, mode=0o700)
     (there / "token").write_text("old")
-    process = subprocess.Popen([sys.executable, "-c", "import threading; threading.Event().wait(60)"])
+    process = subprocess.Popen([sys.executable, "-c", "import threading; threading.Event().wait(600)"])
     served = SnapshotProcess(process.pid, process_started(process.pid) or 0, "127.0.0.1", 1)
     (there / "smp.json").write_text(json.dumps(vars(served)))
     link.parent.mkdir(parents=True, mode=0o700)
@@ -238,3 +241,45 @@ def test_the_verdict_of_the_watchdog_tells_who_hung_and_who_only_waited(suspect:
     assert memory.verdict(1, 5) is None and memory.verdict(0, 4) is None
     folder.verdict_path(1).write_text("{")
     assert memory.verdict(1, 4) is None
+
+
+def test_snapshots_of_a_node_that_a_launcher_looks_after_are_needed_though_nobody_trains(folder: NodeFolder) -> None:
+    memory = NodeMemory(folder, "secret")
+    memory.fence(1)
+    until(lambda: folder.kept_age_s() < KEPT_S)
+    memory.release(ok=True)
+    service = Service(folder.create("secret").path, "127.0.0.1", 0)
+    for age_s, needed in ((0.0, True), (2 * KEPT_S, False)):
+        folder.keep()
+        then = time.time() - age_s
+        os.utime(folder.kept_path, (then, then))
+        service._seen = -1.0
+        service._touch()
+        assert (service._seen > 0) == needed
+    service._server.close()
+
+
+def test_garbage_that_takes_long_to_remove_does_not_keep_a_process_from_living(
+    folder: NodeFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    removing, done = threading.Event(), threading.Event()
+
+    def collect(*arguments: object, **options: object) -> list[object]:
+        removing.set()
+        assert done.wait(60)
+        return []
+
+    monkeypatch.setattr("windlass.checkpoint.memory.service.collect_garbage", collect)
+    monkeypatch.setattr("windlass.checkpoint.memory.service.signal.signal", lambda *arguments: None)
+    monkeypatch.setattr("windlass.checkpoint.memory.service.TOUCH_S", 0.1)
+    service = Service(folder.create("secret").path, "127.0.0.1", 0)
+    running = threading.Thread(target=service.run)
+    running.start()
+    assert removing.wait(60)
+    os.utime(folder.lease_path, (1, 1))
+    until(lambda: folder.lease_age_s() < 60)
+    done.set()
+    service.stop()
+    running.join(60)
+    assert not running.is_alive()
+    folder.smp_path.unlink()  # it names this process, which is not to be ended as one left behind

@@ -217,7 +217,7 @@ class Held(ThreadEngine):
 
     def write(self, offset: int, data: torch.Tensor) -> None:
         self.begun.set()
-        assert self.go.wait(20)
+        assert self.go.wait(60)
         super().write(offset, data)
 
 
@@ -234,7 +234,7 @@ def writing(drive: Drive) -> Iterator[tuple[StateFile, Held, threading.Thread, l
 
     thread = threading.Thread(target=write)
     thread.start()
-    assert engine.begun.wait(20)
+    assert engine.begun.wait(60)
     yield file, engine, thread, errors
     engine.go.set()
     thread.join()

@@ -128,6 +128,6 @@ def test_more_stages_than_blocks_and_too_little_memory_say_what_there_is() -> No
 
 def test_a_hundred_blocks_that_differ_are_cut_at_once() -> None:
     blocks = Blocks(tuple(1.0 + i % 7 for i in range(128)), (1,) * 128, (1,) * 128)
-    began = time.perf_counter()
+    began = time.process_time()  # whoever else is busy here is not counted
     counts = cut_blocks(blocks, [Room(rank) for rank in range(16)])
-    assert sum(counts) == 128 and time.perf_counter() - began < 2
+    assert sum(counts) == 128 and time.process_time() - began < 2

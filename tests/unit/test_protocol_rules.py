@@ -18,6 +18,7 @@ from tests.protocol_schedules import (
     shorten,
     until,
 )
+from windlass.checkpoint.memory.base import Base
 from windlass.checkpoint.memory.header import State
 from windlass.checkpoint.memory.inventory import choose
 from windlass.checkpoint.memory.term import Term
@@ -84,7 +85,7 @@ def test_a_commit_of_what_is_hashed_but_not_encoded_is_noticed():
 
 def with_ballot(ballot: type[Ballot]):
     def term(world, node: str) -> Term:
-        made = Term(world, node, None, NOTHING)
+        made = Term(world, node, None, Base())
         if made.ballot is not None:
             made.ballot = ballot(made.ballot.generation, made.ballot.ranks)
         return made

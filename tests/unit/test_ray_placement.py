@@ -52,8 +52,9 @@ def test_the_strategy_follows_nodes_and_spread(nodes: int, spread: bool, strateg
     ("num_nodes", "spread", "slots"), [(0, False, 8), (0, True, 2), (2, False, 3), (6, False, 1), (1, False, 6)]
 )
 def test_a_node_takes_as_many_workers_as_nodes_and_spread_ask_for(num_nodes: int, spread: bool, slots: int) -> None:
-    assert slots_of_node(8, 6, num_nodes=num_nodes, spread=spread, alive=4) == slots
-    assert slots_of_node(0, 6, num_nodes=num_nodes, spread=spread, alive=4) == 0
+    rooms = [8, 0, 8, 8, 8]
+    assert slots_of_node(8, 6, num_nodes=num_nodes, spread=spread, rooms=rooms) == slots
+    assert slots_of_node(0, 6, num_nodes=num_nodes, spread=spread, rooms=rooms) == 0
 
 
 def test_a_cluster_that_is_too_small_is_refused_with_what_it_has_and_what_is_needed() -> None:

@@ -8,8 +8,10 @@ import torch
 
 from tests.checkpoint_doubles import FlatSource
 from windlass.checkpoint.agree import Alone
+from windlass.checkpoint.retention import being_read, remove_replaced, retain
 from windlass.checkpoint.save import save
-from windlass.checkpoint.store import begin_generation, list_checkpoints
+from windlass.checkpoint.storage import LocalStorage
+from windlass.checkpoint.store import CheckpointInfo, aside, begin_generation, list_checkpoints
 
 
 def checkpoint(root: Path, step: int, *, keep: int, back: int, generation: int = 1, began: int = 0) -> list[int]:
@@ -37,3 +39,28 @@ def test_what_a_rollback_has_left_is_nothing_to_go_back_to(tmp_path: Path) -> No
     # Generation 1 went back from there to step 40: its steps 50 and 55 are of no history that goes on.
     assert checkpoint(tmp_path, 60, keep=2, back=5, generation=2, began=40) == [40, 50, 55, 60]
     assert checkpoint(tmp_path, 65, keep=2, back=5, generation=2, began=40) == [60, 65]
+
+
+def test_nothing_is_read_where_nothing_can_be_removed(tmp_path: Path) -> None:
+    for step in (4, 7):
+        checkpoint(tmp_path, step, keep=0, back=0)
+
+    def never(info: CheckpointInfo) -> bool:
+        raise AssertionError(f"{info.name} was read for nothing")
+
+    assert retain(LocalStorage(tmp_path), 1, 7, 3, is_valid=never, least=2) == []
+    assert retain(LocalStorage(tmp_path), 1, 7, 2, is_valid=never, least=2) == []
+
+
+def test_what_was_replaced_goes_unless_somebody_reads_it_or_its_successor_is_not_there(tmp_path: Path) -> None:
+    checkpoint(tmp_path, 4, keep=0, back=0)
+    storage = LocalStorage(tmp_path)
+    read, replaced = aside("step-00000004", "old"), aside("step-00000004", "old")
+    only = aside("step-00000009", "old")
+    for name in (read, replaced, only):
+        storage.make_folder(name)
+    with being_read(storage.inside(read)):
+        remove_replaced(storage)
+        assert {read, only} <= set(storage.names()) and replaced not in storage.names()
+    remove_replaced(storage)
+    assert read not in storage.names() and only in storage.names()

@@ -72,6 +72,7 @@ def test_a_second_run_is_refused_while_one_is_alone_and_named(folder: RunFolder)
 def test_a_run_waits_for_the_workers_of_a_launcher_that_was_killed(
     folder: RunFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(run_folder, "LEAVE_S", 60.0)
     working, seen, look = threading.Event(), threading.Event(), run_folder._at_work
 
     def looked(folder: RunFolder) -> bool:
@@ -83,11 +84,11 @@ def test_a_run_waits_for_the_workers_of_a_launcher_that_was_killed(
     def work() -> None:
         with at_work(folder), at_work(folder):  # two of them, as beside each other
             working.set()
-            assert seen.wait(10)
+            assert seen.wait(60)
 
     worker = threading.Thread(target=work)
     worker.start()
-    assert working.wait(10)
+    assert working.wait(60)
     monkeypatch.setattr(run_folder, "_at_work", looked)
     with alone_in(folder):
         assert seen.is_set() and not look(folder)
@@ -178,3 +179,14 @@ def test_every_place_of_the_layout_lies_inside_the_folder(tmp_path: Path) -> Non
     assert all(place.parent == folder.root for place in places)
     assert folder.checkpoints.is_dir()
     assert folder.traces.is_dir()
+
+
+def test_a_text_that_cannot_be_replaced_leaves_no_draft_and_any_text_can_be_written(tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(OSError, match="directory"):
+        run_folder.write_atomically(tmp_path / "folder", "text")
+    assert [path.name for path in tmp_path.iterdir()] == ["folder"]
+    folder = RunFolder(tmp_path)
+    for _ in range(2):
+        folder.write_config("path: '\udcff'\n")
+    assert folder.config.read_bytes() == b"path: '\\udcff'\n" and not (tmp_path / "config-1.yaml").exists()

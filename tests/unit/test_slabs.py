@@ -217,11 +217,11 @@ def test_an_unbalanced_pool_says_who_holds_what_and_who_waits() -> None:
 
 
 def test_a_wait_for_a_slab_ends_when_its_holder_fails() -> None:
-    pool, lanes = make_pool(1), Lanes(Tracer(), watchdog_s=20)
+    pool, lanes = make_pool(1), Lanes(Tracer(), watchdog_s=60)
     go = threading.Event()
 
     def broken() -> None:
-        go.wait(10)
+        go.wait(60)
         raise OSError("no space left")
 
     lanes.submit("file write", broken, after=[pool.take("first")])

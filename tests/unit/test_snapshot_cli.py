@@ -16,6 +16,7 @@ from click.testing import Result
 from typer.testing import CliRunner
 
 from tests.snapshot_nodes import fleet_of
+from tests.waiting import until
 from windlass.checkpoint.memory.folder import NodeFolder, SnapshotProcess
 from windlass.checkpoint.memory.header import SlotHeader, State
 from windlass.checkpoint.memory.heartbeat import Heartbeat, Phase, process_started
@@ -101,6 +102,7 @@ def test_nodes_of_other_hosts_are_asked_and_named_where_they_do_not_answer(tmp_p
     with fleet_of(tmp_path, 2) as fleet:
         fleet.begin()
         fleet.commit(1)
+        until(lambda: set(fleet.nodes[1].states("parity").values()) == {"COMMITTED"})  # after the data
         here = [fleet.nodes[0].folder]
         [(line, rows)] = ask_others(here)
         assert line.startswith("node-1: generation 1, snapshot process") and line.endswith("on another host")
@@ -164,13 +166,13 @@ def test_gc_never_removes_what_a_worker_trains_with(run: Path) -> None:
 
 
 def test_gc_ends_a_snapshot_process_only_where_that_is_wanted(run: Path) -> None:
-    process = subprocess.Popen([sys.executable, "-c", "import threading; threading.Event().wait(60)"])
+    process = subprocess.Popen([sys.executable, "-c", "import threading; threading.Event().wait(600)"])
     started = process_started(process.pid) or 0
     folders(run)[1].write_smp(SnapshotProcess(process.pid, started, "127.0.0.1", 1))
     with pytest.raises(CheckpointError, match=f"served by snapshot process {process.pid}.*--stop"):
         windlass(run, "gc", run)
     assert windlass(run, "gc", run, "--stop").output.count("removed") == 2
-    assert process.wait(10) < 0 and not any(folder.path.exists() for folder in folders(run))
+    assert process.wait(60) < 0 and not any(folder.path.exists() for folder in folders(run))
 
 
 def test_gc_without_a_run_removes_those_whose_own_lease_is_over(run: Path) -> None:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import random
 import threading
 from functools import reduce
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 from tests.harness import outcomes, run_world
+from tests.waiting import until
 from windlass.dist.comm import Comm
 from windlass.dist.errors import CommError
 
@@ -318,14 +321,17 @@ def test_nothing_is_kept_of_operations_that_every_rank_has_finished() -> None:
     assert all(kept <= 1 for kept in run_world(2, one_after_another, transport="shm"))  # 1: a peer's next good-bye
 
 
-def hangs_on_rank_one(comm: Comm) -> str:
+def hangs_on_rank_one(comm: Comm, ends: Path) -> str:
+    first, _ = comm.world.gather_objects(os.getpid())
     if comm.rank == 1:
+        until(lambda: not Path(f"/proc/{first}").exists())
+        ends.touch()
         threading.Event().wait()
     return "fine"
 
 
-def test_the_harness_shows_the_stacks_of_a_rank_that_hangs() -> None:
-    first, second = outcomes(2, hangs_on_rank_one, timeout_s=3.0)
+def test_the_harness_shows_the_stacks_of_a_rank_that_hangs(tmp_path: Path) -> None:
+    first, second = outcomes(2, hangs_on_rank_one, tmp_path / "ends", ends=tmp_path / "ends")
     assert first.value == "fine" and "still running at the deadline" in str(second.error)
     assert "in hangs_on_rank_one" in second.text
 

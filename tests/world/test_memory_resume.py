@@ -22,6 +22,7 @@ from windlass.checkpoint.memory.supervise import ensure_snapshot_process
 from windlass.dist.errors import CheckpointError
 from windlass.launch.resume_memory import find_in_memory
 
+ANSWER_S = 20.0
 GENERATION = 2  # of the ranks that resume; what they find is of generation 1
 
 
@@ -42,7 +43,7 @@ def nodes_with_processes(tmp_path):
 
     def start(folder):
         folder.raise_generation(1)
-        started.append(ensure_snapshot_process(folder))
+        started.append(ensure_snapshot_process(folder, 60.0))
         return started[-1]
 
     def make(num_nodes, **more):
@@ -63,7 +64,7 @@ def resume_on_rank(comm, base, node_of_rank, limits, victim=None):
     folder.raise_generation(GENERATION)
     client = SnapshotClient.of(folder, GENERATION)
     began = time.monotonic()
-    found = find_in_memory(comm.world, client, folder, speaks=True, timeout_s=2.0, **limits)
+    found = find_in_memory(comm.world, client, folder, speaks=True, timeout_s=ANSWER_S, **limits)
     if found is None:
         return None
     if victim is not None and comm.rank == 0:
@@ -87,7 +88,7 @@ def resume_and_tell(comm, base, node_of_rank, limits, victim):
     if out is None:
         return (None,) * 6
     found, resumed, flat, seconds = out
-    assert set(resumed.seconds) <= {"inventory", "plan", "load"} and seconds < 20.0
+    assert set(resumed.seconds) <= {"inventory", "plan", "load"} and seconds < 3 * ANSWER_S
     return str(found.choice), resumed.passed_over, resumed.extra, found.anchor, resumed, flat
 
 
@@ -124,7 +125,7 @@ def resume_another_model(comm, base):
     folder.raise_generation(GENERATION)
     Settings(run_folder="/runs/tiny").keep_in(folder)
     client = SnapshotClient.of(folder, GENERATION)
-    found = find_in_memory(comm.world, client, folder, speaks=True, timeout_s=2.0)
+    found = find_in_memory(comm.world, client, folder, speaks=True, timeout_s=ANSWER_S)
     engine = even_shards({"model.w": torch.zeros(7, 5)}, 1)[0]
     try:
         found.restore(engine, comm.world)

@@ -52,7 +52,7 @@ def job(data: Path, run: Path, **train: Any) -> JobConfig:
         ),
         optimizer=OptimizerConfig(lr=0.01),
         metrics=MetricsConfig(tensorboard=False),
-        parallelism=ParallelismConfig(timeout_s=30),
+        parallelism=ParallelismConfig(timeout_s=60),
     )  # fmt: skip
 
 
@@ -222,7 +222,7 @@ def test_ranks_with_different_schedules_stop_at_the_first_action_that_differs(da
         (folder / "own.txt").write_text(f"{header}1: {row}\n")
     config = replace(
         job(data, tmp_path / "run"),
-        parallelism=ParallelismConfig(pp=2, timeout_s=30),
+        parallelism=ParallelismConfig(pp=2, timeout_s=60),
         pipeline=PipelineConfig(schedule="own.txt"),
     )
     for outcome in outcomes(2, train_from, config, folders, with_env=True):
