@@ -9,6 +9,7 @@ import contextlib
 import ipaddress
 import json
 import os
+import secrets
 import socket
 import time
 from collections.abc import Callable
@@ -24,6 +25,7 @@ from windlass.dist.env import ProcessEnv
 from windlass.dist.errors import CommError
 
 LOOK_S = 0.01
+AGAIN_S = 0.5  # between looks whether rank 0 has named another attempt
 CONNECT_S = 1.0
 _INTERNET = (socket.AF_INET, socket.AF_INET6)
 
@@ -86,41 +88,87 @@ def _wait_for_listener(host: str, port: int, timeout_s: float) -> None:
         time.sleep(LOOK_S)
 
 
-def meet(store: Any, env: ProcessEnv, mine: Facts, timeout_s: float) -> list[Facts]:
-    """Exchange facts with all ranks.
+def meet(store: Any, env: ProcessEnv, mine: Facts, timeout_s: float) -> tuple[list[Facts], Any]:
+    """Exchange facts with all ranks; return them, and the part of the store that is of these ranks alone.
+
+    A store may outlive an attempt (torchrun's does), and then holds what the ranks of an earlier one have said. So rank
+    0 names this attempt anew, and what it has gathered counts for a rank only if it holds what that has said itself.
 
     Collective: every rank of the job, once
     Raises: CommError naming the ranks that did not come, or that disagree on the transport or kind of device.
     """
     start = time.monotonic()
-    out: list[Facts] = []
+    end, token = start + timeout_s, secrets.token_hex(8)
+    said = json.dumps([token, asdict(mine)])
     try:
-        store.set(f"facts/{env.rank}", json.dumps(asdict(mine)))
-        for rank in range(env.world_size):
-            left = max(timeout_s - (time.monotonic() - start), 0.001)
-            store.wait([f"facts/{rank}"], timedelta(seconds=left))
-            out.append(Facts(**json.loads(store.get(f"facts/{rank}"))))
+        if env.rank == 0:
+            here = dist.PrefixStore(token, store)
+            here.set("facts/0", said)
+            store.set("attempt", token)
+            everybody = _gather(here, env.world_size, end)
+        else:
+            here, everybody = _join(store, env.rank, said, end)
     except (RuntimeError, OSError) as error:
-        missing = [r for r in range(env.world_size) if r > len(out) - 1 and not _came(store, r)]
+        missing = _missing(store, env.world_size) or "unknown (rank 0 is gone, or has not come)"
         raise CommError(
             f"rank {env.rank}: the world of {env.world_size} ranks did not form at {env.meeting_point} within "
-            f"{time.monotonic() - start:.0f} s: missing ranks {missing or 'unknown (the store is gone)'}"
+            f"{time.monotonic() - start:.0f} s: missing ranks {missing}"
         ) from error
-    for other in out:
+    facts = [Facts(**json.loads(text)[1]) for text in everybody]
+    for other in facts:
         for what in ("transport", "device"):
             if getattr(other, what) != getattr(mine, what):
                 raise CommError(
                     f"ranks disagree on the {what}: rank {other.rank} uses {getattr(other, what)!r}, "
                     f"rank {mine.rank} uses {getattr(mine, what)!r}. Start all ranks with the same configuration"
                 )
-    return out
+    return facts, here
 
 
-def _came(store: Any, rank: int) -> bool:
+def _gather(here: Any, num_ranks: int, end: float) -> list[str]:
+    """Collect what every rank says, and say it to all."""
+    everybody = []
+    for rank in range(num_ranks):
+        here.wait([f"facts/{rank}"], _until(end))
+        everybody.append(here.get(f"facts/{rank}").decode())
+    here.set("everybody", json.dumps(everybody))
+    return everybody
+
+
+def _join(store: Any, rank: int, said: str, end: float) -> tuple[Any, list[str]]:
+    """Say something in the attempt that rank 0 has named last, until that has heard it."""
+    while True:
+        store.wait(["attempt"], _until(end))
+        attempt = store.get("attempt").decode()
+        here = dist.PrefixStore(attempt, store)
+        here.set(f"facts/{rank}", said)
+        while store.get("attempt").decode() == attempt:
+            try:
+                here.wait(["everybody"], min(_until(end), timedelta(seconds=AGAIN_S)))
+            except RuntimeError:
+                if time.monotonic() > end:
+                    raise
+                continue
+            everybody: list[str] = json.loads(here.get("everybody"))
+            if everybody[rank:] and everybody[rank] == said:
+                return here, everybody
+            if time.monotonic() > end:
+                raise RuntimeError("rank 0 has not named a new attempt")
+            time.sleep(LOOK_S)  # all were there once, before this rank began
+
+
+def _until(end: float) -> timedelta:
+    return timedelta(seconds=max(end - time.monotonic(), 0.001))
+
+
+def _missing(store: Any, num_ranks: int) -> list[int]:
     try:
-        return bool(store.check([f"facts/{rank}"]))
+        if not store.check(["attempt"]):
+            return [0]
+        here = dist.PrefixStore(store.get("attempt").decode(), store)
+        return [rank for rank in range(num_ranks) if not here.check([f"facts/{rank}"])]
     except RuntimeError:
-        return False
+        return []
 
 
 def network_key() -> str:

@@ -63,7 +63,7 @@ class World:
             shm_address=listener.address if listener else "",
             shm_problem=problem,
         )
-        world.facts = meet(world.store, env, mine, timeout_s)
+        world.facts, world.store = meet(world.store, env, mine, timeout_s)
         if transport == "shm":
             world._check_one_host()
         neighbours = [f for f in world.facts if f.host == mine.host]

@@ -1,17 +1,22 @@
-"""At which address a host tells the others that it can be reached, with hosts that are played."""
+"""At which address a host tells the others that it can be reached, with hosts that are played; how ranks meet."""
 
 from __future__ import annotations
 
 import socket
+import time
 from collections import namedtuple
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 from typing import Any
 
 import pytest
+import torch.distributed as dist
 
 from windlass.dist import rendezvous
 from windlass.dist.env import ProcessEnv
 from windlass.dist.errors import CommError
-from windlass.dist.rendezvous import address_for_peers
+from windlass.dist.rendezvous import Facts, address_for_peers, meet
 
 Address = namedtuple("Address", "family address")
 OURS = {
@@ -94,3 +99,49 @@ def test_what_another_rank_cannot_find_is_an_error_on_every_rank() -> None:
 def test_the_real_routing_table_gives_an_address_of_this_host() -> None:
     env = ProcessEnv(0, 0, 1, 1, 0, master_addr="127.0.0.1", master_port=29500, launcher="torchrun")
     assert address_for_peers(env, lambda mine: [mine]) == ""
+
+
+# -- meeting in a store that an earlier attempt has used ---------------------------------------------------------------
+
+
+def attempt(store: Any, number: int, ranks: list[int], timeout_s: float = 60.0) -> list[tuple[list[Facts], Any]]:
+    """Have ranks of a world of three meet, each a little after the one before it."""
+
+    def come(rank: int) -> tuple[list[Facts], Any]:
+        env = ProcessEnv(rank, rank, 3, 3, 0, master_addr="127.0.0.1", master_port=1, launcher="torchrun")
+        mine = Facts(rank, "host", "host", 7, "cpu", "auto", f"address {number} of rank {rank}", "")
+        return meet(stores[rank], env, mine, timeout_s)
+
+    stores = {rank: store() for rank in ranks}
+    with ThreadPoolExecutor(3) as pool:
+        waiting = [(pool.submit(come, rank), time.sleep(0.05))[0] for rank in ranks]
+        return [future.result() for future in waiting]
+
+
+@pytest.fixture
+def tcp_store() -> Iterator[Callable[[], Any]]:
+    server = dist.TCPStore("127.0.0.1", 0, None, True, timedelta(seconds=60), wait_for_workers=False)
+    yield lambda: dist.TCPStore("127.0.0.1", server.port, None, False, timedelta(seconds=60))
+
+
+@pytest.mark.parametrize("came", [[0, 1, 2], [0, 1], [1, 2], [2]])
+@pytest.mark.parametrize("order", [[0, 1, 2], [2, 1, 0]])
+def test_nothing_that_an_earlier_attempt_has_left_in_the_store_is_believed(
+    tcp_store: Callable[[], Any], came: list[int], order: list[int]
+) -> None:
+    if came == [0, 1, 2]:
+        attempt(tcp_store, 1, came)
+    else:
+        with pytest.raises(CommError, match="did not form"):
+            attempt(tcp_store, 1, came, timeout_s=0.7)
+    for number in (2, 3):
+        met = attempt(tcp_store, number, order)
+        expected = [f"address {number} of rank {rank}" for rank in range(3)]
+        assert all([f.shm_address for f in facts] == expected for facts, _ in met)
+        met[0][1].set("key", str(number))
+        assert [here.get("key").decode() for _, here in met] == [str(number)] * 3
+
+
+def test_the_ranks_that_do_not_come_are_named(tcp_store: Callable[[], Any]) -> None:
+    with pytest.raises(CommError, match=r"missing ranks \[2\]"):
+        attempt(tcp_store, 1, [0, 1], timeout_s=0.7)
