@@ -25,7 +25,7 @@ from windlass.checkpoint.commit import ARCHIVE_BYTES, commit
 from windlass.checkpoint.fence import read_fence
 from windlass.checkpoint.manifest import readable_bytes
 from windlass.checkpoint.reader import dtype_name
-from windlass.checkpoint.retention import retain, sweep
+from windlass.checkpoint.retention import remove_replaced, retain, sweep
 from windlass.checkpoint.storage import LocalStorage, Place
 from windlass.checkpoint.store import SAVE, staging_name, step_name
 from windlass.checkpoint.writer import write_pieces
@@ -189,7 +189,7 @@ class _Save:
         warnings: list[str] = []
         try:
             if replaced is not None:
-                self.storage.remove(replaced)
+                remove_replaced(self.storage)
             removed = retain(self.storage, self.generation, self.step, self.keep)
         except OSError as error:
             warnings.append(f"checkpoint {name} is complete, but an older one could not be removed: {error}")

@@ -9,6 +9,7 @@
       OffloadError       tiers, budgets, NVMe
         TierOutOfMemory  more was asked of a tier than its budget
       CheckpointError    saving, verifying, restoring
+        DamagedError     what was kept is not what was written
       NumericsError      non-finite loss or gradient
         SpikeError       the loss jumped: the run goes back and on without some samples
       WorkerError        a rank failed; carries who and the first cause

@@ -52,7 +52,9 @@ class Fleet(Protocol):
     """The nodes of one job."""
 
     def nodes(self) -> Sequence[Node]:
-        """Return every node that is or was part of the job, spares too, in a fixed order; lost ones are not alive."""
+        """Return every node that is or was part of the job, spares too, in the order in which to fill them; lost ones
+        are not alive.
+        """
 
     def fence(self, generation: int) -> None:
         """Make sure nothing of an older generation can change anything: kill its workers on every node that can be

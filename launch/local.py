@@ -46,7 +46,7 @@ class LaunchConfig:
     grace_s: float = field(
         default=4.0,
         metadata={
-            "help": "after a worker failed, the others get this long from SIGTERM to SIGKILL",
+            "help": "without a controller: after a worker failed, the others get this long from SIGTERM to SIGKILL",
             "unit": "s",
             "ge": 0,
             "le": 7,

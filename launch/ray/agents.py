@@ -7,7 +7,6 @@ process on it no longer listens, or when nothing on it has answered for BEAT_S x
 from __future__ import annotations
 
 import contextlib
-import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -18,6 +17,7 @@ import ray
 from ray.exceptions import RayActorError, RayError
 
 from windlass.dist.errors import ConfigError
+from windlass.launch.lines import say
 from windlass.launch.ray.agent import NodeAgent, Site
 from windlass.launch.ray.beats import BEAT_S
 from windlass.launch.ray.places import Place, Places, refusing
@@ -133,7 +133,7 @@ class Agents:
     def _tell_refused(self, place: Place) -> None:
         """Let people hear why a node could not be fenced, once for each reason."""
         if place.lost and self._refused.get(place.name) != place.lost:
-            print(f"windlass: {place.name} cannot be used: {place.lost}", file=sys.stderr, flush=True)
+            say(f"windlass: {place.name} cannot be used: {place.lost}")
         self._refused[place.name] = place.lost
 
     def tend(self, generation: int, answers: Callable[[Place], bool]) -> list[str]:

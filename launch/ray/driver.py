@@ -26,6 +26,7 @@ from windlass.launch.control_log import ControlLog, job_of, job_token
 from windlass.launch.controller import Patience
 from windlass.launch.decide import Limits
 from windlass.launch.drill import Strike
+from windlass.launch.lines import say
 from windlass.launch.local import LaunchConfig, WorkerCommand
 from windlass.launch.node_memory import stop_process
 from windlass.launch.ray import records
@@ -204,7 +205,7 @@ def follow(controller: Any, stop: StopCount) -> int:
         for line in followed.lines:
             if line.number > has.get(line.source, 0):
                 has[line.source] = line.number
-                print(line.text, file=sys.stdout if line.stream == "stdout" else sys.stderr, flush=True)
+                say(line.text, sys.stdout if line.stream == "stdout" else sys.stderr)
         if followed.code is not None:
             return int(followed.code)
 

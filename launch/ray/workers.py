@@ -18,6 +18,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from windlass.dist.errors import WorkerError
 from windlass.launch.failure import Exit, Failure
+from windlass.launch.lines import say
 from windlass.launch.local import LaunchConfig, WorkerCommand, prefixed
 from windlass.launch.ray.cluster import cluster_for, reserved, wants_gpu
 from windlass.launch.ray.placement import Placement, plan_placement, seat_workers
@@ -143,7 +144,7 @@ def print_line(rank: int, line: Line) -> None:
     """Show a line here, with its rank unless that is 0."""
     target = sys.stdout if line.stream == "stdout" else sys.stderr
     if rank == 0:
-        print(line.text, file=target, flush=True)
+        say(line.text, target)
     else:
         prefixed(rank, target)(line.text)
 
