@@ -32,6 +32,7 @@ REPORT_S = 0.5  # a report that was lost is repeated after this long
 LISTEN_S = 2.0  # the leader answers at the latest after this long, with what held before
 RETRY_S = 0.1
 PROTECT_S = 0.02
+TELL_S = 1.0  # for the other nodes to hear of a rank that hangs here
 
 
 class Duty:
@@ -205,22 +206,28 @@ class Duty:
     # -- watching ----------------------------------------------------------------------------------------------------
 
     def _watch(self) -> None:
-        pause = min(max(self.settings.hang_s / 10, 0.05), 1.0)
-        while not self._stopped.wait(pause):
+        while not self._stopped.wait(self.watchdog.pause_s):
             if not self.over:
                 self._guarded("watching", self.watchdog.look)
 
     def _tell_stall(self, stall: Stall) -> None:
-        """Have the ranks of other nodes say where they are too: the cause may be there."""
+        """Have the other nodes look at their ranks too: the cause may be there.
+
+        Blocks: host, at most TELL_S: the ranks here end right after this, and with them those elsewhere
+        """
         fields = {"rank": stall.rank, "step": stall.beat.step}
 
         def tell(node: str) -> None:
             with contextlib.suppress(CheckpointError):  # one that does not answer cannot help
-                self.peers.ask(node, "stalled", fields, timeout_s=1.0)
+                self.peers.ask(node, "stalled", fields, timeout_s=TELL_S)
 
-        for node in self.peers.nodes:
-            if node != self.folder.node:
-                threading.Thread(target=tell, args=(node,), name="snapshot-tell", daemon=True).start()
+        others = [node for node in self.peers.nodes if node != self.folder.node]
+        telling = [threading.Thread(target=tell, args=(node,), name="snapshot-tell", daemon=True) for node in others]
+        for thread in telling:
+            thread.start()
+        end = time.monotonic() + TELL_S
+        for thread in telling:
+            thread.join(max(end - time.monotonic(), 0.0))
 
     # -- status ------------------------------------------------------------------------------------------------------
 

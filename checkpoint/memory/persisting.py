@@ -292,6 +292,8 @@ class Persisting:
                 done = self._saved.get(STORAGE)
                 if done is not None and done.step >= wanted:
                     return done
+                if (known := self.term.base.durable.get(STORAGE, NOTHING)) >= wanted:  # where this generation began
+                    return Flushed(known, self.term.settings.storage, 0, 0.0)
                 when, why = self._failed.get((STORAGE, step), (0.0, ""))
                 if when > asked:
                     raise CheckpointError(why)

@@ -96,8 +96,7 @@ def status_of(process: Service) -> dict[str, Any]:
     newest = {
         "ram": max(set.intersection(*whole), default=NOTHING) if whole else NOTHING,
         "peers": decree.watermark,
-        LOCAL: decree.saved.get(LOCAL, NOTHING),
-        STORAGE: decree.saved.get(STORAGE, NOTHING),
+        **{level: decree.saved.get(level, term.base.durable.get(level, NOTHING)) for level in (LOCAL, STORAGE)},
     }
     return out | {
         "leader": term.leader,

@@ -179,7 +179,7 @@ class Verbs:
 
     def do_stalled(self, fields: Fields, payload: memoryview) -> Answer:
         watchdog = self.process.on_duty().watchdog
-        threading.Thread(target=watchdog.dump_stacks, name="snapshot-stacks", daemon=True).start()
+        threading.Thread(target=watchdog.hear, name="snapshot-stalled", daemon=True).start()
         return {}, None
 
     # -- making steps durable ----------------------------------------------------------------------------------------

@@ -48,14 +48,17 @@ def limit_of(beat: Beat, settings: Settings) -> float:
     return max(settings.start_s, settings.hang_s)  # also a first step, which loads and compiles
 
 
-def find_stalls(beats: Mapping[int, Beat], settings: Settings, now_ns: int, awake_ns: int) -> list[Stall]:
-    """Return the ranks that are silent for too long, the longest first. `awake_ns`: since when the watchdog itself runs
-    without a gap; silence before that does not count, because the whole machine may have been asleep.
+def find_stalls(
+    beats: Mapping[int, Beat], settings: Settings, now_ns: int, awake_ns: int, early_s: float = 0.0
+) -> list[Stall]:
+    """Return the ranks that are silent for too long, or will be in `early_s`, the longest first. `awake_ns`: since when
+    the watchdog itself runs without a gap; silence before that does not count, because the whole machine may have been
+    asleep.
     """
     stalls = []
     for rank, beat in sorted(beats.items()):
         silent_s = (now_ns - max(beat.time_ns, awake_ns)) / 1e9
-        if silent_s > (limit_s := limit_of(beat, settings)):
+        if silent_s + early_s > (limit_s := limit_of(beat, settings)):
             stalls.append(Stall(rank, beat, silent_s, limit_s))
     return sorted(stalls, key=lambda stall: -stall.silent_s)
 
@@ -79,7 +82,10 @@ def stacks_path(settings: Settings, generation: int, rank: int) -> Path:
 
 
 class Watchdog:
-    """Looks at the ranks of one node in one generation. `tell` informs the other nodes of a stall, without waiting."""
+    """Looks at the ranks of one node in one generation. `tell` informs the other nodes of a stall before any rank ends.
+
+    Any thread.
+    """
 
     def __init__(
         self,
@@ -92,22 +98,39 @@ class Watchdog:
         self.folder, self.generation, self.settings = folder, generation, settings
         self._tell, self._log = tell, log
         self._awake_ns = self._looked_ns = time.monotonic_ns()
+        self._judging = threading.Lock()
 
-    def look(self) -> list[Stall]:
-        """Judge the ranks once; where one hangs, end all of this node and return why.
+    @property
+    def pause_s(self) -> float:
+        """The seconds between two looks."""
+        return min(max(self.settings.hang_s / 10, 0.05), 1.0)
 
-        Blocks: host, at most STACKS_S + KILL_S when there is a stall
+    def look(self, early_s: float = 0.0) -> list[Stall]:
+        """Judge the ranks once, `early_s` before their time is over; where one hangs, end all of this node and return
+        why.
+
+        Blocks: host, at most STACKS_S + KILL_S and what telling takes when there is a stall
         """
-        now = time.monotonic_ns()
-        if now - self._looked_ns > STARVED_S * 1e9:
-            self._awake_ns = now
-        self._looked_ns = now
-        beats = read_beats(self.folder, self.generation)
-        stalls = find_stalls(beats, self.settings, now, self._awake_ns)
-        if stalls:
-            self._end(beats, stalls)
-            self._looked_ns = time.monotonic_ns()
-        return stalls
+        with self._judging:
+            now = time.monotonic_ns()
+            if now - self._looked_ns > STARVED_S * 1e9:
+                self._awake_ns = now
+            self._looked_ns = now
+            beats = read_beats(self.folder, self.generation)
+            stalls = find_stalls(beats, self.settings, now, self._awake_ns, early_s)
+            if stalls:
+                self._end(beats, stalls)
+                self._looked_ns = time.monotonic_ns()
+            return stalls
+
+    def hear(self) -> None:
+        """Another node has found a rank that hangs. It may wait for one here, whose time is over at the next look: that
+        one's verdict must be there when people ask why the other ended. Else say where the ranks of this node are.
+
+        Blocks: host, as `look`
+        """
+        if not self.look(early_s=2 * self.pause_s):
+            self.dump_stacks()
 
     def _end(self, beats: dict[int, Beat], stalls: list[Stall]) -> None:
         first = stalls[0]

@@ -247,6 +247,8 @@ def test_what_was_not_yet_durable_when_a_generation_ended_is_due_at_the_first_co
 def test_what_is_durable_where_a_generation_begins_is_not_written_once_more(fleet: Fleet, tmp_path: Path) -> None:
     fleet.begin(settings=wishes(tmp_path), base=Base(10, {STORAGE: 10}))
     fleet.commit(10)
+    for node in fleet.nodes:
+        assert newest(fleet) == 10 and node.client.flush(1.0).step == 10, "nobody waits for what is there"
     fleet.commit(20)
     until(lambda: newest(fleet) == 20)
     assert saved(tmp_path) == [20] and fleet.nodes[0].client.status().skipped == 0

@@ -194,3 +194,14 @@ def test_a_rank_that_hangs_ends_though_there_is_no_room_for_the_verdict(
     monkeypatch.setattr(NodeFolder, "replace", full)
     until(lambda: bool(watchdog.look()))
     assert hanging.wait(60) == -signal.SIGKILL
+
+
+def test_what_another_node_has_found_is_judged_a_little_early_and_else_only_answered_with_stacks(ranks: Ranks) -> None:
+    waiting = ranks.start(0)
+    watch(ranks, [], hang_s=600).hear()
+    assert waiting.poll() is None
+    assert "stuck_in_a_collective" in (ranks.run / "stacks" / "gen-1-rank-0.txt").read_text()
+    beats = {0: beat(Phase.STEP, 0)}
+    assert find_stalls(beats, WISHES, 9 * S, 0) == []
+    [stall] = find_stalls(beats, WISHES, 9 * S, 0, early_s=1.5)
+    assert (stall.silent_s, stall.limit_s) == (9, 10)
