@@ -9,16 +9,19 @@
 #
 # PYTHON        interpreter the environment is made from
 # TORCH_INDEX   package index for torch, for example https://download.pytorch.org/whl/cpu for the small CPU build
+# TEST_JOBS     processes that run tests at the same time; most start several more
 # ARGS          extra arguments for quickstart, test and bench
 
 PYTHON ?= python3
 TORCH_INDEX ?=
 ARGS ?=
 SOAK_MINUTES ?= 5
+TEST_JOBS ?= 2
 
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+SIDE_BY_SIDE = -n $(TEST_JOBS) --dist loadgroup
 TORCH_PIN := $(shell sed -n 's/^\(torch==[^ ;]*\).*/\1/p' constraints.txt)
 
 .DEFAULT_GOAL := help
@@ -43,14 +46,14 @@ quickstart: setup
 	$(BIN)/windlass quickstart $(ARGS)
 
 test: setup
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(SIDE_BY_SIDE) $(ARGS)
 
 check: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/mypy benchmarks/*.py
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/unit
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q $(SIDE_BY_SIDE) tests/unit
 
 soak: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m soak
