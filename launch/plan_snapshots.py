@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from windlass.checkpoint.memory.groups import Groups, cross_units, memory_factor, num_parity, plan_groups
+from windlass.checkpoint.memory.groups import Groups, groups_of_replicas, memory_factor, num_parity
 from windlass.dist.cluster import ClusterConfig
 from windlass.dist.mesh import Mesh, plan_mesh
 from windlass.launch.check_recovery import needs_process
@@ -87,14 +87,5 @@ def planned_groups(config: JobConfig, mesh: Mesh, nodes: int) -> tuple[Groups, b
     axes = ("dp_replicate", "dp_shard") if config.zero.stage == 0 else ("dp_replicate",)
     firsts = [rank for rank in ranks if not any(mesh.coords(rank)[axis] for axis in axes)]
     replicas = [mesh.ranks_along(axes, rank) for rank in firsts]
-    local = snapshot.redundancy == "xor" and cross_units(replicas, names, {})
-    groups = plan_groups(
-        names,
-        {},
-        snapshot.redundancy,
-        snapshot.group,
-        snapshot.parity,
-        within=replicas if local else None,
-        degraded=mesh.world_size < config.launch.workers,
-    )
-    return groups, local
+    scheme, size, k = snapshot.redundancy, snapshot.group, snapshot.parity
+    return groups_of_replicas(names, {}, replicas, scheme, size, k, degraded=mesh.world_size < config.launch.workers)

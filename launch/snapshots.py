@@ -20,7 +20,7 @@ from windlass.checkpoint.memory.capture import Capturer, LocalParity, Source
 from windlass.checkpoint.memory.client import SnapshotClient
 from windlass.checkpoint.memory.folder import NodeFolder
 from windlass.checkpoint.memory.generators import freeze_rng
-from windlass.checkpoint.memory.groups import cross_units, num_parity, plan_groups, weaknesses
+from windlass.checkpoint.memory.groups import groups_of_replicas, num_parity, weaknesses
 from windlass.checkpoint.memory.heartbeat import Heartbeat, Phase
 from windlass.checkpoint.memory.membership import Member, Membership
 from windlass.checkpoint.memory.settings import Settings
@@ -149,16 +149,9 @@ class Snapshots:
         nodes, snapshot = self.seats.nodes, config.snapshot
         domains = dict(zip(nodes, self.seats.domains, strict=True))
         replicas = sorted({tuple(r) for r in world.gather_objects(list(engine.replicas))})
-        local = snapshot.redundancy == "xor" and cross_units(replicas, nodes, domains)
-        groups = plan_groups(
-            nodes,
-            domains,
-            snapshot.redundancy,
-            snapshot.group,
-            snapshot.parity,
-            within=replicas if local else None,
-            degraded=world.size < config.launch.workers,
-        )
+        scheme, size, k = snapshot.redundancy, snapshot.group, snapshot.parity
+        degraded = world.size < config.launch.workers
+        groups, local = groups_of_replicas(nodes, domains, replicas, scheme, size, k, degraded=degraded)
         mine = next(group for group in groups if world.rank in group)
         self._capturer = Capturer(
             self.folder,

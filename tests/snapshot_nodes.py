@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -20,7 +21,9 @@ from windlass.checkpoint.memory.header import SlotHeader, State
 from windlass.checkpoint.memory.heartbeat import Heartbeat, Phase
 from windlass.checkpoint.memory.layout import Fragment, Layout
 from windlass.checkpoint.memory.membership import Member, Membership
+from windlass.checkpoint.memory.persisting import Persisting
 from windlass.checkpoint.memory.segment import Segment, num_chunks, pick_slot, verify
+from windlass.checkpoint.memory.service import Service
 from windlass.checkpoint.memory.settings import Settings
 from windlass.checkpoint.memory.supervise import ensure_snapshot_process
 from windlass.dist.box import Box
@@ -134,15 +137,41 @@ class Node:
         self.folder.remove()
 
 
+class NodeInThreads(Node):
+    """A node whose snapshot process is threads of the test, which may look into it and replace its parts."""
+
+    service: Service
+
+    def respawn(self, *, faults: bool = False) -> None:
+        self.service = Service(self.folder.path, "127.0.0.1", 0)
+        self.service._server.start()
+        self.service.folder.write_smp(self.service.served)
+        threading.Thread(target=self.service._hash_for_ever, daemon=True).start()
+        self.served = self.service.served
+
+    def end(self) -> None:
+        self.client.close()
+        if self.service.duty is not None:
+            self.service.duty.stop()
+        self.service._ending.set()
+        self.service._server.close(timeout_s=1.0)
+        self.folder.remove()
+
+    @property
+    def persisting(self) -> Persisting:
+        assert self.service.duty is not None and self.service.duty.persisting is not None
+        return self.service.duty.persisting
+
+
 class Fleet:
     """Nodes of one job with one rank each, unless `seats` says which node every rank is on."""
 
-    def __init__(self, base: Path, num_nodes: int, *, scheme: str = "xor", k: int = 1) -> None:
+    def __init__(self, base: Path, num_nodes: int, *, scheme: str = "xor", k: int = 1, kind: type[Node] = Node) -> None:
         self.scheme, self.k, self.num_bytes = scheme, k, 10 * CHUNK + 100
         self.nodes: list[Node] = []
         self.generation = 0
         for i in range(num_nodes):
-            self.nodes.append(Node(base, f"node-{i}", 1, num_nodes))
+            self.nodes.append(kind(base, f"node-{i}", 1, num_nodes))
 
     def begin(
         self,
@@ -216,9 +245,11 @@ class Fleet:
 
 
 @contextmanager
-def fleet_of(base: Path, num_nodes: int, *, scheme: str = "xor", k: int = 1) -> Iterator[Fleet]:
+def fleet_of(
+    base: Path, num_nodes: int, *, scheme: str = "xor", k: int = 1, kind: type[Node] = Node
+) -> Iterator[Fleet]:
     """Start a fleet and end all its processes."""
-    fleet = Fleet(base, num_nodes, scheme=scheme, k=k)
+    fleet = Fleet(base, num_nodes, scheme=scheme, k=k, kind=kind)
     try:
         yield fleet
     finally:

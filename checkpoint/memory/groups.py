@@ -81,6 +81,26 @@ def plan_groups(
     return tuple(sorted(groups))
 
 
+def groups_of_replicas(
+    nodes: Sequence[str],
+    domains: Mapping[str, str],
+    replicas: Sequence[Sequence[int]],
+    scheme: str,
+    group_size: int,
+    k: int,
+    *,
+    degraded: bool,
+) -> tuple[Groups, bool]:
+    """Put every rank in a group as `plan_groups` does, for a job in which these sets of ranks hold the same state; tell
+    too whether they make parity from their own copies, without network. Then no group crosses one of the sets.
+
+    Raises: PlanError as `plan_groups`
+    """
+    local = scheme == "xor" and cross_units(replicas, nodes, domains)
+    within = replicas if local else None
+    return plan_groups(nodes, domains, scheme, group_size, k, within=within, degraded=degraded), local
+
+
 def _least(scheme: str, k: int) -> int:
     """Return the members that a group needs to survive what it is asked to."""
     return 2 if scheme == "xor" else k + 1

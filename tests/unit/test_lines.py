@@ -33,6 +33,7 @@ def test_what_an_encoding_lacks_is_an_escape() -> None:
     assert text.getvalue() == "two\nlines\n"
 
 
-def test_without_an_output_nothing_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_an_output_nothing_is_said(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(sys, "stderr", None)
     say("nobody reads this")
+    assert capfd.readouterr() == ("", "")

@@ -9,52 +9,23 @@ from typing import Any
 
 import pytest
 
-from tests import snapshot_nodes
-from tests.snapshot_nodes import PATIENCE_S, PEER_S, Fleet, Node, fleet_of
+from tests.snapshot_nodes import PATIENCE_S, PEER_S, Fleet, NodeInThreads, fleet_of
 from tests.waiting import until
 from windlass.checkpoint import persist as persist_module
 from windlass.checkpoint.memory.base import Base
 from windlass.checkpoint.memory.inventory import STORAGE
 from windlass.checkpoint.memory.persisting import PATIENCE_S as LEAST_PATIENCE_S
 from windlass.checkpoint.memory.persisting import Persisting
-from windlass.checkpoint.memory.service import Service
 from windlass.checkpoint.memory.settings import Settings
 from windlass.checkpoint.persist import Persister
 from windlass.checkpoint.retention import being_read
 from windlass.checkpoint.store import list_checkpoints
 
 
-class NodeInThreads(Node):
-    """A node whose snapshot process is threads of the test, which may look into it and replace its parts."""
-
-    service: Service
-
-    def respawn(self, *, faults: bool = False) -> None:
-        self.service = Service(self.folder.path, "127.0.0.1", 0)
-        self.service._server.start()
-        self.service.folder.write_smp(self.service.served)
-        threading.Thread(target=self.service._hash_for_ever, daemon=True).start()
-        self.served = self.service.served
-
-    def end(self) -> None:
-        self.client.close()
-        if self.service.duty is not None:
-            self.service.duty.stop()
-        self.service._ending.set()
-        self.service._server.close(timeout_s=1.0)
-        self.folder.remove()
-
-    @property
-    def persisting(self) -> Persisting:
-        assert self.service.duty is not None and self.service.duty.persisting is not None
-        return self.service.duty.persisting
-
-
 @pytest.fixture
-def fleet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Fleet]:
-    monkeypatch.setattr(snapshot_nodes, "Node", NodeInThreads)
+def fleet(tmp_path: Path) -> Iterator[Fleet]:
     (tmp_path / "nodes").mkdir()
-    with fleet_of(tmp_path / "nodes", 2) as fleet:
+    with fleet_of(tmp_path / "nodes", 2, kind=NodeInThreads) as fleet:
         yield fleet
 
 
