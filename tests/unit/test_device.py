@@ -1,5 +1,6 @@
 """The device face and the facts about this machine, on the CPU."""
 
+import itertools
 import mmap
 from contextlib import nullcontext
 from types import SimpleNamespace
@@ -10,7 +11,7 @@ import torch
 
 from windlass.dist import device as device_module
 from windlass.dist.cluster import ClusterConfig, detect_cluster
-from windlass.dist.device import Device, available_host_bytes, host_bytes, pick_device
+from windlass.dist.device import Device, available_host_bytes, host_bytes, measured_flops, pick_device
 from windlass.dist.errors import ConfigError, OffloadError
 
 
@@ -26,9 +27,16 @@ def test_the_cpu_reports_memory_and_its_peak() -> None:
     device.synchronize()
 
 
-def test_flops_are_measured_once_per_format() -> None:
-    device = Device("cpu")
-    assert device.peak_flops(torch.float32) == device.peak_flops(torch.float32) > 1e8
+def test_flops_are_measured_once_per_format(monkeypatch: pytest.MonkeyPatch) -> None:
+    ticks = itertools.count()
+    measured_flops.cache_clear()
+    with monkeypatch.context() as patch:  # a millisecond between two looks at the clock, however busy the machine
+        patch.setattr("windlass.dist.device.time", SimpleNamespace(perf_counter=lambda: next(ticks) / 1000))
+        found = Device("cpu").peak_flops(torch.float32)
+        looks = next(ticks)
+        assert found == pytest.approx(2 * 1024**3 / 0.001)
+        assert Device("cpu").peak_flops(torch.float32) == found and next(ticks) == looks + 1
+    measured_flops.cache_clear()
 
 
 def test_memory_for_transfers_is_ordinary_without_an_accelerator() -> None:
