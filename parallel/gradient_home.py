@@ -43,7 +43,7 @@ class GradientHome(Protocol):
         """Say that a reduction into the buffer is over; `last`: of the step."""
 
     def rested(self) -> Future[Any]:
-        """Return what is done when the sum so far is where it rests."""
+        """Return what is done when the sum so far is where it rests, and its buffer is free."""
 
     def on_host(self, chunk: Chunk) -> Future[GradientView]:
         """Bring one chunk of the finished sum to host memory."""
@@ -132,8 +132,8 @@ class LeavesDevice:
             self._users = len(self._placement.chunks)
             return
         buffer, self._buffer = self._buffer, None
-        self._rested = self._rest(buffer.tensor)
-        self._machine.lanes.then([self._rested], buffer.give)
+        # Giving the buffer back is part of it: a skipped step waits for this future and for nothing behind it.
+        self._rested = self._machine.lanes.then([self._rest(buffer.tensor)], buffer.give)
 
     def rested(self) -> Future[Any]:
         return self._rested
