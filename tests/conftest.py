@@ -2,6 +2,7 @@
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import hypothesis
 import pytest
@@ -17,10 +18,15 @@ hypothesis.settings.register_profile("windlass", deadline=None, derandomize=True
 hypothesis.settings.load_profile("windlass")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Keep the tests of a file in one process of several (pytest -n): they share what is costly to make. Those that
-    start Ray share one process altogether, because whoever looks for a cluster of this machine finds them all.
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Keep the tests of a file in one process of several (--dist loadfile): they share what is costly to make. Those
+    that start Ray share one process altogether, because whoever looks for a cluster of this machine finds them all.
     """
-    for item in items:
-        folder = item.path.parent.name
-        item.add_marker(pytest.mark.xdist_group(folder if folder == "ray" else str(item.path)))
+    from xdist.scheduler import LoadFileScheduling
+
+    class Files(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return "tests/ray" if nodeid.startswith("tests/ray/") else super()._split_scope(nodeid)
+
+    return Files(config, log) if config.getoption("dist") == "loadfile" else None

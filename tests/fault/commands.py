@@ -16,8 +16,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tests.fault.memory_runs import PROTECTED, Lab, end_all
+from tests.fault.memory_runs import PROTECTED, Lab
 from tests.fault.oracle import Told
+from tests.leftovers import end_all
 from tests.waiting import until
 from windlass.checkpoint.memory import pids
 from windlass.checkpoint.memory.folder import NodeFolder, SnapshotProcess, list_jobs

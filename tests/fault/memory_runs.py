@@ -18,7 +18,6 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-import signal
 import tempfile
 import threading
 import time
@@ -29,8 +28,8 @@ from types import TracebackType
 from typing import Any
 
 from tests.fault.oracle import BATCH, Told
+from tests.leftovers import end_all, processes_of
 from tests.waiting import until
-from windlass.checkpoint.memory import pids
 from windlass.checkpoint.memory.client import SnapshotClient
 from windlass.checkpoint.memory.folder import NodeFolder, list_jobs
 from windlass.checkpoint.memory.header import SlotHeader
@@ -409,31 +408,3 @@ def _strikes(strikes: Sequence[str | Act]) -> list[Strike]:
         else:
             found.append(Strike.parse(strike))
     return sorted(found, key=lambda strike: strike.step)
-
-
-def processes_of(text: str) -> dict[int, str]:
-    """Return the processes whose command line or environment has a text."""
-    found = {}
-    for entry in Path("/proc").iterdir():
-        if not entry.name.isdigit() or int(entry.name) == os.getpid():
-            continue
-        try:
-            words = (entry / "cmdline").read_bytes()
-            if text.encode() in words:
-                found[int(entry.name)] = words.replace(b"\0", b" ").decode(errors="replace")
-        except OSError:  # it has ended meanwhile, or is not ours
-            continue
-    return found
-
-
-def end_all(memory: Path) -> None:
-    """End the snapshot processes of a run that ended badly, and remove their memory."""
-    for folder in list_jobs(memory):
-        served = folder.read_smp()
-        if served is not None:
-            pids.send(served.pid, served.started, signal.SIGKILL)
-            pids.kill([(served.pid, served.started)], 5.0)
-    for pid in processes_of(str(memory)):
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
-    shutil.rmtree(memory, ignore_errors=True)

@@ -18,8 +18,9 @@ from statistics import median
 
 import pytest
 
-from tests.fault.memory_runs import Act, Lab, Live, end_all
+from tests.fault.memory_runs import Act, Lab, Live
 from tests.fault.oracle import EXACT, Told
+from tests.leftovers import end_all
 from tests.waiting import until
 from windlass.checkpoint.memory import pids
 from windlass.checkpoint.memory.folder import list_jobs

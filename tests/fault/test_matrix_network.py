@@ -16,8 +16,9 @@ from pathlib import Path
 import pytest
 
 from tests.fault.commands import WINDLASS, Commands, commands_of
-from tests.fault.memory_runs import Lab, end_all
+from tests.fault.memory_runs import Lab
 from tests.fault.oracle import EXACT, Told
+from tests.leftovers import end_all
 from tests.waiting import until
 from windlass.checkpoint.memory.heartbeat import is_alive
 

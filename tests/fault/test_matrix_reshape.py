@@ -12,8 +12,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from tests.fault.memory_runs import Act, Lab, Live, end_all
+from tests.fault.memory_runs import Act, Lab, Live
 from tests.fault.oracle import BATCH, EXACT, Told
+from tests.leftovers import end_all
 from windlass.checkpoint.reader import CheckpointReader
 from windlass.launch.metrics import read_metrics
 

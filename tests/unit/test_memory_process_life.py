@@ -13,6 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from tests.leftovers import end_all
 from tests.snapshot_nodes import JOB, Node
 from tests.waiting import until
 from windlass.checkpoint.memory import pids
@@ -52,7 +53,7 @@ def test_any_number_of_callers_at_once_start_one_process(tmp_path: Path) -> None
     try:
         assert len({(s.pid, s.port) for s in served}) == 1 and len(served) == 4
     finally:
-        pids.kill([(s.pid, s.started) for s in served], 5.0)
+        end_all(tmp_path)
 
 
 def test_it_outlives_its_starter_with_all_its_children_and_session(tmp_path: Path) -> None:

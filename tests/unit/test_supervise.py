@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from windlass.checkpoint.memory import pids
+from tests.leftovers import end_all
 from windlass.checkpoint.memory.client import SnapshotClient
 from windlass.checkpoint.memory.folder import NodeFolder
 from windlass.checkpoint.memory.supervise import ensure_snapshot_process
@@ -19,9 +19,7 @@ def folder(tmp_path: Path) -> Iterator[NodeFolder]:
     folder = NodeFolder(tmp_path, "0123456789abcdef", "node-0").create("22" * 32)
     folder.raise_generation(1)
     yield folder
-    served = folder.read_smp()
-    if served is not None:
-        pids.kill([(served.pid, served.started)], 5.0)
+    end_all(tmp_path)
 
 
 def test_one_that_listens_elsewhere_than_is_asked_for_is_replaced(folder: NodeFolder) -> None:
