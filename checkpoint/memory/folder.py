@@ -164,10 +164,16 @@ class NodeFolder:
     def remove(self) -> None:
         """Remove the folder, and what is above it if nothing else is there.
 
+        It leaves its place at once: whoever touches its lease meanwhile would keep a folder that is half removed. What
+        is cut off in between is collected as any folder that nobody needs.
+
         Raises: CheckpointError if it is not ours
         """
         self.check()
-        shutil.rmtree(self.path, ignore_errors=True)
+        gone = self.path.with_name(f"{self.node[:180]}.gone-{secrets.token_hex(4)}")
+        with contextlib.suppress(FileNotFoundError):
+            self.path.rename(gone)
+            shutil.rmtree(gone, ignore_errors=True)
         for folder in (self.path.parent, _root(self.base)):
             with contextlib.suppress(OSError):  # other nodes, or other jobs
                 folder.rmdir()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import stat
@@ -188,6 +189,30 @@ def test_a_folder_that_nobody_needs_any_more_is_collected(tmp_path, folder):
     old_lease(folder)
     assert list(collect_garbage(tmp_path, lease_s=60.0)) == [(folder, None)]
     assert not folder.path.exists()
+
+
+def test_a_folder_is_removed_though_somebody_touches_its_lease_all_the_while(tmp_path, folder, monkeypatch):
+    remove = os.rmdir
+
+    def touched(*args, **kwargs):
+        with contextlib.suppress(OSError):
+            folder.touch_lease()
+        remove(*args, **kwargs)
+
+    monkeypatch.setattr(os, "rmdir", touched)
+    folder.remove()
+    assert not folder.path.exists() and list_jobs(tmp_path) == [] and list(tmp_path.iterdir()) == []
+
+
+def test_what_a_removal_that_was_cut_off_has_left_is_collected(tmp_path, folder, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", lambda path, ignore_errors: None)
+        folder.remove()
+    left = list_jobs(tmp_path)
+    assert not folder.path.exists() and len(left) == 1 and left[0].job == folder.job
+    os.utime(left[0].lease_path, (0, 0))
+    assert list(collect_garbage(tmp_path)) == [(left[0], None)]
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_folder_whose_lease_runs_is_kept(tmp_path, folder):
