@@ -229,18 +229,28 @@ class Persister:
         what = f"snapshot of step {header.step} of rank {header.rank} in memory of node {self.node}"
         source = Checked(what, slot.data, header.num_bytes, header.chunk_bytes, table)
         name = data_file_name(header.rank)
-        try:
-            told = write_archives(
+        path = f"{temporary}/{name}"
+
+        def write() -> dict[str, Any]:
+            return write_archives(
                 self.storage,
-                f"{temporary}/{name}",
+                path,
                 layout,
                 source,
                 pace=self._pace,
                 fault=lambda point: fault(point, header.rank, header.step),
             )
+
+        try:
+            try:
+                told = write()
+            except FileExistsError:
+                # By a process of this node that was killed before it could answer: its successor is asked for the same.
+                self.storage.remove(path)
+                told = write()
         except Exception:
             with contextlib.suppress(OSError):  # the folder goes too, but on a full disk every byte counts now
-                self.storage.remove(f"{temporary}/{name}")
+                self.storage.remove(path)
             raise
         now = slot.header()  # hashes are checked before bytes are written: in between, they may have been replaced
         if now is None or (now.generation, now.step) != (header.generation, header.step):

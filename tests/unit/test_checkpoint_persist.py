@@ -248,6 +248,22 @@ def test_a_crash_at_any_point_leaves_the_old_one_and_the_next_save_clears_up(tmp
     assert len(storage_of(target).names()) == len(steps_at(target)) + 1
 
 
+@pytest.mark.parametrize("point", POINTS[:3])
+def test_a_part_that_a_killed_process_had_begun_is_written_anew_by_its_successor(tmp_path, target, monkeypatch, point):
+    state = some_state()
+    nodes = nodes_with(tmp_path, state, target)
+    nodes.hold(1)
+    temporary = nodes.begin(1)
+    with monkeypatch.context() as patch:
+        failing_at(patch, point, Crash(), rank=3)  # rank 2 of the same node is complete by then
+        with pytest.raises(Crash):
+            nodes.prepare(1, temporary, "node-1")
+    rows = {node: nodes.prepare(1, temporary, node) for node in ("node-1", "node-0")}
+    nodes.commit(1, temporary, rows)
+    assert steps_at(target) == [(1, 1)]
+    assert_holds(choose(target).folder, state)
+
+
 @pytest.mark.parametrize(("point", "rank"), [(p, r) for r in (0, 3) for p in POINTS[:3]] + [(p, 0) for p in POINTS[3:]])
 def test_a_full_disk_is_reported_and_leaves_nothing(tmp_path, target, monkeypatch, point, rank):
     nodes = nodes_with(tmp_path, some_state(0), target)
