@@ -8,6 +8,7 @@ Must not know: what a checkpoint holds, torch.
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import re
 import secrets
@@ -64,10 +65,17 @@ def sweep(root: Storage, generation: int, writer: str = "") -> list[str]:
         if left.generation < generation or (writer and left.generation == generation and left.writer in ("", writer))
     ]
     found += [info.name for info in list_checkpoints(root) if info.hidden and info.generation < generation]
-    found = [name for name in found if not is_being_read(root.inside(name))]
+    gone = []
     for name in found:
-        discard(root, name)
-    return found
+        if not is_being_read(root.inside(name)):
+            try:
+                discard(root, name)
+                gone.append(name)
+            except OSError as error:
+                # Whoever was given up in the middle of it has put another file there: it goes with a later one.
+                if error.errno not in (errno.ENOTEMPTY, errno.EBUSY):
+                    raise
+    return gone
 
 
 def remove_replaced(root: Storage) -> None:

@@ -5,6 +5,8 @@ Must not know: torch, how a snapshot process does what it is asked.
 
 from __future__ import annotations
 
+import threading
+import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from types import TracebackType
@@ -23,6 +25,7 @@ from windlass.dist.errors import CheckpointError
 
 FENCE_S = 5.0  # what killing may take, beside the timeout
 ANSWER_S = 5.0
+LOST_S = 0.2  # before a process that is being replaced is asked again
 
 
 @dataclass(frozen=True)
@@ -223,11 +226,23 @@ class SnapshotClient:
     def flush(self, deadline_s: float, at_least: int = -1) -> Flushed:
         """Make the newest protected step durable in storage now, once `at_least` that step is protected.
 
+        Asked again where the process is being replaced: all who ask share one work.
+
         Blocks: host, at most `deadline_s` and a moment
         Raises: CheckpointError with the reason, or naming who is missing
         """
-        fields = {"deadline_s": deadline_s, "at_least": at_least}
-        answer, _ = self._request("flush", fields, timeout_s=deadline_s + ANSWER_S)
+        end, pause = time.monotonic() + deadline_s, threading.Event()
+        while True:
+            left = max(end - time.monotonic(), 0.0)
+            try:
+                fields = {"deadline_s": left, "at_least": at_least}
+                answer, _ = self._request("flush", fields, timeout_s=left + ANSWER_S)
+                break
+            except CheckpointError as error:
+                if self._folder is None or not isinstance(error.__cause__, ConnectionError) or left <= LOST_S:
+                    raise
+                pause.wait(LOST_S)
+                self._follow()
         return Flushed(int(answer["step"]), str(answer["place"]), int(answer["num_bytes"]), float(answer["seconds"]))
 
     def stop(self, *, remove: bool) -> None:

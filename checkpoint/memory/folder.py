@@ -36,6 +36,7 @@ from windlass.dist.errors import CheckpointError
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}")
 _SEGMENT = re.compile(r"(data|parity)-(\d{5,})-(\d+)x(\d+)-(\d+)\.seg")
 KEEP_S = 2.0  # between two signs of a launcher that looks after a node
+MAKE_TRIES = 20
 RESERVE_BYTES = 1 << 20  # held back for small files, such as who is a member
 SPARE_BYTES = 8 << 20  # of the base: headers of other files, what other programs take meanwhile
 
@@ -110,11 +111,7 @@ class NodeFolder:
                 "folder in memory (tmpfs)"
             )
         try:
-            for folder in (_root(self.base), self.path.parent, self.path):
-                folder.mkdir(mode=0o700, exist_ok=True)
-                _check_owner(folder)
-            for name in ("layouts", "beats", "verdicts"):
-                (self.path / name).mkdir(mode=0o700, exist_ok=True)
+            self._make()
             self._reserve()
             if token is not None or not self.token_path.exists():
                 self.replace(self.token_path, (token or secrets.token_hex(32)).encode())
@@ -122,6 +119,19 @@ class NodeFolder:
         except OSError as error:
             raise CheckpointError(f"the folder of snapshots {self.path} could not be made: {error}") from error
         return self
+
+    def _make(self) -> None:
+        for left in reversed(range(MAKE_TRIES)):
+            try:
+                for folder in (_root(self.base), self.path.parent, self.path):
+                    folder.mkdir(mode=0o700, exist_ok=True)
+                    _check_owner(folder)
+                for name in ("layouts", "beats", "verdicts"):
+                    (self.path / name).mkdir(mode=0o700, exist_ok=True)
+                return
+            except (FileNotFoundError, FileExistsError):  # whoever leaves removes what is above it, if it is empty
+                if not left:
+                    raise
 
     def _reserve(self) -> None:
         """Hold some room back for small files; give it up, for them, where others have filled the file system."""
@@ -344,15 +354,18 @@ def is_name(name: str) -> bool:
 def is_own(folder: Path) -> bool:
     """Tell whether there is a folder of this user, not a link to one."""
     try:
-        found = folder.lstat()
+        return _is_ours(folder.lstat())
     except (FileNotFoundError, NotADirectoryError):
         return False
+
+
+def _is_ours(found: os.stat_result) -> bool:
     return stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid()
 
 
 def _check_owner(folder: Path) -> None:
-    found = folder.lstat()
-    if not is_own(folder) or stat.S_IMODE(found.st_mode) & 0o077:
+    found = folder.lstat()  # once: it may be removed at any time
+    if not _is_ours(found) or stat.S_IMODE(found.st_mode) & 0o077:
         raise CheckpointError(
             f"{folder} must be a folder of user {os.getuid()} that nobody else can enter (mode 0700); it is "
             f"{stat.filemode(found.st_mode)} of user {found.st_uid}. Remove it, or use another snapshot.folder"

@@ -200,15 +200,20 @@ class Persisting:
             return None
         with self._bounded(attempt, "publishing"):
             if level == LOCAL:
-                self._ask_all("persist_commit", attempt)
+                if not all(answer["known"] for answer in self._ask_all("persist_commit", attempt)):
+                    return None
                 attempt.place = self.term.settings.local_dir
             else:
                 attempt.place = persister.commit(level, step, generation, attempt.temporary, rows, membership)
         return sum(int(row.get("num_bytes", 0)) for row in rows.values())
 
-    def _ask_all(self, verb: str, attempt: _Attempt) -> None:
-        for node in self.peers.nodes:
-            self._patiently(node, verb, _fields(attempt))
+    def _ask_all(self, verb: str, attempt: _Attempt) -> list[dict[str, Any]]:
+        return [self._patiently(node, verb, self._fields(attempt))[0] for node in self.peers.nodes]
+
+    def _fields(self, attempt: _Attempt) -> dict[str, Any]:
+        """Return what names an attempt, with its generation: a call into storage may come back in a later one."""
+        named = {"level": attempt.level, "step": attempt.step, "temporary": attempt.temporary}
+        return {**named, "generation": self.term.generation}
 
     def _patiently(self, node: str, verb: str, fields: dict[str, Any]) -> tuple[dict[str, Any], memoryview]:
         """Ask a node, again while it does not answer: its process may be in the middle of being replaced.
@@ -233,7 +238,7 @@ class Persisting:
         while waiting:
             for node, (moved, since) in list(waiting.items()):
                 # One that is still writing answers late, so nothing is to be waited for here.
-                answer, payload = self._patiently(node, "persist_poll", _fields(attempt))
+                answer, payload = self._patiently(node, "persist_poll", self._fields(attempt))
                 now = time.monotonic()
                 if not answer["known"]:
                     return None
@@ -259,7 +264,7 @@ class Persisting:
             return
         for node in self.peers.nodes:
             try:
-                self.peers.ask(node, "persist_forget", _fields(attempt))
+                self.peers.ask(node, "persist_forget", self._fields(attempt))
             except CheckpointError as error:
                 self._log(f"node {node} keeps what it has written of step {attempt.step} for now: {error}")
         if attempt.level == LOCAL:
@@ -319,10 +324,6 @@ class Persisting:
     def stop(self) -> None:
         """Give up what is under way, because a newer generation has begun."""
         self._stopped.set()
-
-
-def _fields(attempt: _Attempt) -> dict[str, Any]:
-    return {"level": attempt.level, "step": attempt.step, "temporary": attempt.temporary}
 
 
 def _patience_s(term: Term) -> float:

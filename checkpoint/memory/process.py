@@ -35,8 +35,9 @@ def detach(folder: Path) -> None:
     os.chdir("/")
 
 
-def hold(folder: Path) -> bool:
-    """Take the lock that makes this the only process of a folder, for life; False if another one has it.
+def hold(folder: Path) -> int | None:
+    """Take the lock that makes this the only process of a folder, for life, and return its file; None if another one
+    has it.
 
     Blocks: host, a moment: threads of a process that was killed may hold its files a little longer than itself
     """
@@ -45,11 +46,19 @@ def hold(folder: Path) -> bool:
     while True:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return True
+            return lock
         except BlockingIOError:
             if time.monotonic() >= end:
-                return False
+                return None
             time.sleep(LOOK_S)
+
+
+def is_of(lock: int, folder: Path) -> bool:
+    """Tell whether a lock is that of the folder that is there now: it may have been removed and made anew since."""
+    try:
+        return os.path.samestat(os.fstat(lock), os.stat(folder / LOCK))
+    except FileNotFoundError:
+        return False
 
 
 def main(arguments: list[str]) -> int:
@@ -62,13 +71,16 @@ def main(arguments: list[str]) -> int:
     given = parser.parse_args(arguments)
     if not given.attached:
         detach(given.folder)
-    if not hold(given.folder):
+    lock = hold(given.folder)
+    if lock is None:
         return 0
     # Imported only now: a process that leaves its starter, or finds that it is not needed, should be quick.
     from windlass.checkpoint.memory.service import Service, log
 
     try:
-        Service(given.folder.absolute(), given.host, given.port).run()
+        service = Service(given.folder.absolute(), given.host, given.port)
+        if is_of(lock, given.folder):
+            service.run()
     except Exception as error:
         log(f"{type(error).__name__}: {error}")
         raise

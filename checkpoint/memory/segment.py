@@ -143,9 +143,10 @@ class Slot:
             now = self.sequence
             if not alone or (header is not None and header.sequence != now):
                 return False
-            self._words[0] = now + 1
-            self._wipe(now)
+            # The number last: whoever read the old header under the new number would take it for the newest.
             self._wipe(now + 1)
+            self._wipe(now)
+            self._words[0] = now + 1
             return True
 
     # -- the right to fill -------------------------------------------------------------------------------------------

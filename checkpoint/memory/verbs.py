@@ -20,6 +20,7 @@ from windlass.checkpoint.memory.membership import Membership
 from windlass.checkpoint.memory.segment import Slot
 from windlass.checkpoint.memory.settings import Settings
 from windlass.checkpoint.memory.votes import NOTHING, Decree, Report
+from windlass.checkpoint.memory.writing import Writing
 from windlass.dist.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -184,18 +185,22 @@ class Verbs:
 
     # -- making steps durable ----------------------------------------------------------------------------------------
 
+    def _writing(self, fields: Fields) -> Writing:
+        """Return what writes in the generation that is meant: the leader of one before may ask in the next."""
+        return self.process.on_duty(int(fields["generation"])).writing
+
     def do_persist_start(self, fields: Fields, payload: memoryview) -> Answer:
-        writing = self.process.on_duty().writing
-        return writing.start(str(fields["level"]), int(fields["step"]), str(fields["temporary"])), None
+        level, step, temporary = str(fields["level"]), int(fields["step"]), str(fields["temporary"])
+        return self._writing(fields).start(level, step, temporary), None
 
     def do_persist_poll(self, fields: Fields, payload: memoryview) -> Answer:
-        return self.process.on_duty().writing.poll(str(fields["level"]), int(fields["step"]))
+        return self._writing(fields).poll(str(fields["level"]), int(fields["step"]))
 
     def do_persist_commit(self, fields: Fields, payload: memoryview) -> Answer:
-        return self.process.on_duty().writing.commit_local(int(fields["step"])), None
+        return self._writing(fields).commit_local(int(fields["step"])), None
 
     def do_persist_forget(self, fields: Fields, payload: memoryview) -> Answer:
-        return self.process.on_duty().writing.forget(str(fields["level"]), int(fields["step"])), None
+        return self._writing(fields).forget(str(fields["level"]), int(fields["step"])), None
 
     def do_hurry(self, fields: Fields, payload: memoryview) -> Answer:
         self.process.on_duty().writing.persister.hurry()

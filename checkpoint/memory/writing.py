@@ -107,7 +107,8 @@ class Writing:
         """Begin to write a step. A request that came twice changes nothing: `temporary` names the attempt.
 
         Blocks: no
-        Raises: CheckpointError while an attempt that was given up is still being written, or if this is no request
+        Raises: CheckpointError while an earlier attempt, which is given up, is still being written, or if this is no
+                request
         """
         if level not in LEVELS or not _NAME.fullmatch(temporary):  # it will be written to, and perhaps removed
             raise CheckpointError(f"node {self.node}: nothing is written to level {level!r}, folder {temporary!r}")
@@ -116,8 +117,9 @@ class Writing:
             if known is not None and (known.step, known.asked) == (step, temporary):
                 return {}
             if known is not None and not known.ended.is_set():  # what is begun now would remove its files
+                known.give_up()  # who led it may have been killed, and its successor asks for another attempt
                 raise CheckpointError(
-                    f"node {self.node} is still writing step {known.step}, for an attempt that was given up"
+                    f"node {self.node} is still writing step {known.step}, for an attempt that is given up"
                 )
             task = self._tasks[level] = _Task(step, temporary, "" if level == LOCAL else temporary)
             task.pin.enter_context(self._slots.pinned(self.membership.generation, step))
@@ -175,9 +177,11 @@ class Writing:
         return {"known": True, "done": done, "moved": task.moved, "problem": task.problem if done else ""}, rows
 
     def commit_local(self, step: int) -> dict[str, Any]:
-        """Make what this node has written to its drives count."""
+        """Make what this node has written to its drives count; not `known` to a process that was started since."""
         generation, task = self.membership.generation, self._task(LOCAL, step)
-        if task is None or not task.ended.is_set() or task.problem:
+        if task is None:
+            return {"known": False}
+        if not task.ended.is_set() or task.problem:
             raise CheckpointError(f"node {self.node} has not written step {step} to its drives")
         with task.settling:
             if task.temporary:
@@ -185,7 +189,7 @@ class Writing:
                 place = self.persister.commit(LOCAL, step, generation, task.temporary, rows, self.membership)
                 self._log(f"step {step} is in {place}")
                 task.temporary = ""
-        return {}
+        return {"known": True}
 
     def forget(self, level: str, step: int) -> dict[str, Any]:
         """Drop what is known of a step that is done or given up; local files that do not count yet go with it.

@@ -204,6 +204,19 @@ def test_a_folder_is_removed_though_somebody_touches_its_lease_all_the_while(tmp
     assert not folder.path.exists() and list_jobs(tmp_path) == [] and list(tmp_path.iterdir()) == []
 
 
+def test_a_folder_is_made_though_another_job_leaves_and_takes_away_what_is_above_it(tmp_path, folder, monkeypatch):
+    other, make = NodeFolder(tmp_path, "fedcba9876543210", "node-0"), Path.mkdir
+
+    def late(path, *args, **kwargs):
+        if path == other.path.parent and folder.path.exists():
+            folder.remove()
+        make(path, *args, **kwargs)
+
+    monkeypatch.setattr(Path, "mkdir", late)
+    other.create("22" * 32)
+    assert not folder.path.exists() and list_jobs(tmp_path) == [other]
+
+
 def test_what_a_removal_that_was_cut_off_has_left_is_collected(tmp_path, folder, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "rmtree", lambda path, ignore_errors: None)

@@ -9,17 +9,19 @@ from typing import Any
 
 import pytest
 
-from tests.snapshot_nodes import PATIENCE_S, PEER_S, Fleet, NodeInThreads, fleet_of
+from tests.snapshot_nodes import PATIENCE_S, PEER_S, Fleet, Node, NodeInThreads, fleet_of
 from tests.waiting import until
 from windlass.checkpoint import persist as persist_module
 from windlass.checkpoint.memory.base import Base
-from windlass.checkpoint.memory.inventory import STORAGE
+from windlass.checkpoint.memory.inventory import LOCAL, STORAGE
 from windlass.checkpoint.memory.persisting import PATIENCE_S as LEAST_PATIENCE_S
 from windlass.checkpoint.memory.persisting import Persisting
 from windlass.checkpoint.memory.settings import Settings
+from windlass.checkpoint.memory.writing import Writing
 from windlass.checkpoint.persist import Persister
 from windlass.checkpoint.retention import being_read
 from windlass.checkpoint.store import list_checkpoints
+from windlass.dist.errors import CheckpointError
 
 
 @pytest.fixture
@@ -46,6 +48,11 @@ def leader_of(fleet: Fleet) -> Persisting:
     first = fleet.nodes[0]
     assert isinstance(first, NodeInThreads)
     return first.persisting
+
+
+def writing_of(node: Node) -> Writing:
+    assert isinstance(node, NodeInThreads) and node.service.duty is not None
+    return node.service.duty.writing
 
 
 def saved(tmp_path: Path) -> list[int]:
@@ -93,6 +100,7 @@ def test_snapshots_go_on_when_one_node_cannot_write_any_more_and_the_step_counts
     assert "node node-1 has written nothing more of it" in fleet.nodes[1].client.status().last_error
     assert newest(fleet) == -1
     gate.set()
+    until(lambda: leader_of(fleet)._running == {})
     leader_of(fleet).patience_s = PATIENCE_S
     fleet.commit(20)
     until(lambda: newest(fleet) == 20)
@@ -147,6 +155,61 @@ def test_storage_that_is_held_to_a_bandwidth_is_given_the_time_a_file_takes(flee
     assert leader_of(fleet).patience_s == pytest.approx(10 * PEER_S + 2 * fleet.num_bytes / 1000)
 
 
+# -- processes that end, generations that are over ---------------------------------------------------------------------
+
+
+def test_a_process_that_is_replaced_before_anybody_hears_that_its_part_counts_is_asked_anew(
+    fleet: Fleet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commit, lost = Persister.commit, []
+
+    def unheard(persister: Persister, *given: Any) -> str:
+        place = commit(persister, *given)
+        if persister.node == "node-1" and not lost:
+            lost.append(place)
+            writing_of(fleet.nodes[1])._tasks.clear()  # so much its successor knows
+            raise CheckpointError("killed")
+        return place
+
+    monkeypatch.setattr(Persister, "commit", unheard)
+    fleet.begin(settings=Settings(local_every=10, local_dir=str(tmp_path / "drive"), peer_timeout_s=PEER_S))
+    fleet.commit(10)
+    until(lambda: fleet.nodes[1].client.status().newest[LOCAL] == 10)
+    assert lost and fleet.nodes[1].client.status().last_error == ""
+
+
+def test_a_call_that_comes_back_in_a_later_generation_changes_nothing_there(
+    fleet: Fleet, gate: threading.Event, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commit, begun, there, later = Persister.commit, threading.Event(), threading.Event(), threading.Event()
+
+    def slow(persister: Persister, *given: Any) -> str:
+        if given[2] == 1:
+            begun.set()
+            assert gate.wait(PATIENCE_S)
+        return commit(persister, *given)
+
+    def fault(point: str, *, rank: int, step: int, generation: int) -> None:
+        if (point, rank, generation) == ("persist.write", 0, 2):
+            there.set()
+            assert later.wait(PATIENCE_S)
+
+    monkeypatch.setattr(Persister, "commit", slow)
+    monkeypatch.setattr(persist_module, "fault", fault)
+    fleet.begin(settings=wishes(tmp_path))
+    first = leader_of(fleet)
+    fleet.commit(10)
+    assert begun.wait(PATIENCE_S)
+    fleet.begin(restored=(1, 8), settings=wishes(tmp_path), base=Base(8))
+    fleet.commit(10)
+    assert there.wait(PATIENCE_S)
+    gate.set()
+    until(lambda: first._running == {})
+    assert not writing_of(fleet.nodes[0])._tasks[STORAGE].given_up
+    later.set()
+    until(lambda: newest(fleet) == 10)
+
+
 # -- a step that counts ----------------------------------------------------------------------------------------------
 
 
@@ -157,6 +220,7 @@ def test_a_step_counts_as_durable_before_older_ones_have_been_read_and_removed(
     for step in (10, 20):
         fleet.commit(step)
         until(lambda step=step: newest(fleet) == step)  # type: ignore[misc]
+        until(lambda: leader_of(fleet)._running == {})
     reading, verify = threading.Event(), persist_module.verify
 
     def slowly(*given: Any) -> Any:

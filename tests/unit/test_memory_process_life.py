@@ -14,9 +14,9 @@ from types import SimpleNamespace
 import pytest
 
 from tests.leftovers import end_all
-from tests.snapshot_nodes import JOB, Node
+from tests.snapshot_nodes import JOB, PATIENCE_S, Node
 from tests.waiting import until
-from windlass.checkpoint.memory import pids
+from windlass.checkpoint.memory import pids, process
 from windlass.checkpoint.memory.client import SnapshotClient
 from windlass.checkpoint.memory.folder import NodeFolder
 from windlass.checkpoint.memory.pids import resident_bytes
@@ -45,7 +45,9 @@ def test_an_idle_process_stays_below_64_mib_and_never_loads_torch(node: Node) ->
 def test_any_number_of_callers_at_once_start_one_process(tmp_path: Path) -> None:
     folder = NodeFolder(tmp_path, JOB, "node-0").create("22" * 32)
     served = []
-    threads = [threading.Thread(target=lambda: served.append(ensure_snapshot_process(folder))) for _ in range(4)]
+    threads = [
+        threading.Thread(target=lambda: served.append(ensure_snapshot_process(folder, PATIENCE_S))) for _ in range(4)
+    ]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -87,6 +89,19 @@ def test_it_ends_when_its_folder_is_gone(node: Node) -> None:
     node.folder.remove()
     until(lambda: not node.served.alive)
     assert not node.folder.path.exists()
+
+
+def test_one_that_waited_for_the_lock_of_a_folder_that_was_made_anew_does_not_serve_it(tmp_path: Path) -> None:
+    folder = NodeFolder(tmp_path, JOB, "node-0").create("22" * 32)
+    lock = process.hold(folder.path)
+    assert lock is not None and process.is_of(lock, folder.path)
+    folder.remove()
+    assert not process.is_of(lock, folder.path)
+    folder.create("22" * 32)
+    another = process.hold(folder.path)
+    assert another is not None and process.is_of(another, folder.path) and not process.is_of(lock, folder.path)
+    os.close(lock)
+    os.close(another)
 
 
 def test_it_removes_what_nobody_needs_any_more_and_ends(tmp_path: Path) -> None:

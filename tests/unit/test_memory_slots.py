@@ -13,7 +13,7 @@ import pytest
 from tests.snapshot_nodes import JOB
 from windlass.checkpoint.memory.folder import NodeFolder
 from windlass.checkpoint.memory.header import SlotHeader, State
-from windlass.checkpoint.memory.segment import Segment
+from windlass.checkpoint.memory.segment import Segment, Slot
 from windlass.checkpoint.memory.slots import NodeSlots
 from windlass.dist.errors import CheckpointError
 
@@ -41,6 +41,48 @@ def test_a_segment_that_cannot_be_mapped_now_keeps_what_it_holds(
     with pytest.raises(CheckpointError, match="cannot be mapped"):
         Segment.ensure(segment.path, "data", 0, 64, 2, 64, 1)
     assert segment.path.stat().st_ino == inode
+
+
+def test_a_slot_that_is_freed_while_somebody_looks_at_it_stays_free(
+    folder: NodeFolder, segment: Segment, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    segment.slots[0].write(SlotHeader(JOB, 1, 5, 0, 1, "data", "", 64, 64, State.COPIED))
+    slots, wipe = NodeSlots(folder, print), Slot._wipe
+    slots.refresh()
+    slot = slots.shelves()[0].segment.slots[0]
+
+    def looked_at(slot: Slot, sequence: int) -> None:
+        slots.header(slot)
+        wipe(slot, sequence)
+        slots.header(slot)
+
+    monkeypatch.setattr(Slot, "_wipe", looked_at)
+    assert slot.free(slot.header())
+    assert slots.header(slot) is None and slot.header() is None
+
+
+@pytest.mark.parametrize(("wiped", "holds"), [(1, True), (2, False)])
+def test_a_slot_whose_freeing_was_cut_off_holds_what_it_held_or_nothing(
+    segment: Segment, monkeypatch: pytest.MonkeyPatch, wiped: int, holds: bool
+) -> None:
+    class Killed(BaseException):
+        pass
+
+    def cut_off(slot: Slot, sequence: int) -> None:
+        wipe(slot, sequence)
+        done.append(sequence)
+        if len(done) == wiped:
+            raise Killed
+
+    slot, wipe, done = segment.slots[0], Slot._wipe, list[int]()
+    held = SlotHeader(JOB, 1, 5, 0, 1, "data", "", 64, 64, State.COPIED)
+    assert slot.write(held)
+    with monkeypatch.context() as patch:
+        patch.setattr(Slot, "_wipe", cut_off)
+        with pytest.raises(Killed):
+            slot.free()
+    assert (slot.header() is not None) == holds
+    assert slot.write(held) and slot.free() and slot.header() is None
 
 
 def test_only_who_fills_a_segment_has_all_its_pages_mapped(segment: Segment, monkeypatch: pytest.MonkeyPatch) -> None:

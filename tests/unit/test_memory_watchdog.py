@@ -193,7 +193,10 @@ def test_a_rank_that_hangs_ends_though_there_is_no_room_for_the_verdict(
     assert hanging.wait(60) == -signal.SIGKILL
 
 
-def test_what_another_node_has_found_is_judged_a_little_early_and_else_only_answered_with_stacks(ranks: Ranks) -> None:
+def test_what_another_node_has_found_is_judged_a_little_early_and_else_only_answered_with_stacks(
+    ranks: Ranks, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(watchdog_module, "STACKS_S", 60.0)
     waiting = ranks.start(0)
     watch(ranks, [], hang_s=600).hear()
     assert waiting.poll() is None

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from tests.waiting import until
-from tests.wire_case import HOST, JOB, MAX, REQUEST, STORE, TOKEN, Case, ended, frame, handle, serving
+from tests.wire_case import HOST, JOB, LONG_S, MAX, REQUEST, STORE, TOKEN, Case, ended, frame, handle, serving
 from windlass.checkpoint.memory import channel as channel_module
 from windlass.checkpoint.memory import wire as wire_module
 from windlass.checkpoint.memory.channel import HEAD, MAX_HEADER
@@ -252,7 +252,7 @@ def test_those_who_do_not_prove_who_they_are_take_no_place_of_others_and_are_few
     strangers = [case.raw() for _ in range(5)]
     until(lambda: case.server.num_connections == 3)  # the other three wait to be accepted
     assert client.request("ping")[0]["verb"] == "ping" and case.server.num_connections == 3
-    monkeypatch.setattr(wire_module, "STRANGER_S", 0.7)  # for those who come in from now on
+    monkeypatch.setattr(wire_module, "STRANGER_S", 2.0)  # for those who come in from now on
     for stranger in strangers[:2]:
         stranger.close()
     assert case.client().request("ping")[0]["verb"] == "ping"  # although they are before it
@@ -283,6 +283,37 @@ def test_a_client_of_a_folder_follows_its_process_to_another_address(make: Calla
     assert second.server.port != first.server.port and client.hello()["verb"] == "hello"
     assert client.wire.port == second.server.port
     client.close()
+
+
+def test_a_flush_is_asked_again_where_the_process_is_being_replaced_and_a_refusal_is_not(
+    make: Callable[..., Case], tmp_path: Path
+) -> None:
+    folder, asked = NodeFolder(tmp_path, JOB, "node-0").create(TOKEN), []
+
+    def die(verb: str, fields: dict[str, Any], payload: memoryview) -> Any:
+        asked.append(fields["at_least"])
+        threading.Timer(0.3, serve, (answer,)).start()  # by then it was found to be gone
+        first.server.close(timeout_s=0.0)
+        raise ConnectionAbortedError
+
+    def answer(verb: str, fields: dict[str, Any], payload: memoryview) -> Any:
+        asked.append(fields["at_least"])
+        if fields["at_least"] == 9:
+            raise CheckpointError("step 9 is not protected")
+        return {"step": 7, "place": "there", "num_bytes": 1, "seconds": 0.1}, None
+
+    def serve(handle: Callable[..., Any]) -> Case:
+        case = make(handle=handle)
+        started = process_started(os.getpid()) or 0
+        folder.write_smp(SnapshotProcess(os.getpid(), started, case.server.host, case.server.port))
+        return case
+
+    first = serve(die)
+    with SnapshotClient.of(folder, 3) as client:
+        assert client.flush(LONG_S, at_least=7).step == 7 and asked == [7, 7]
+        with pytest.raises(CheckpointError, match="step 9 is not protected"):
+            client.flush(LONG_S, at_least=9)
+    assert asked == [7, 7, 9]
 
 
 class Room(wire_module._Room):

@@ -92,6 +92,7 @@ def test_a_step_that_is_still_written_cannot_be_begun_again_committed_or_forgott
         writing.start(LOCAL, 1, "another")
     with pytest.raises(CheckpointError, match="has not written step 1"):
         writing.commit_local(1)
+    assert writing.commit_local(2) == {"known": False}
     writing.forget(LOCAL, 1)
     assert writing.poll(LOCAL, 1)[0]["known"]
     persister.go.set()
@@ -155,7 +156,13 @@ class Going(Gated):
         return {"num_bytes": 7}
 
 
-@pytest.mark.parametrize("give_up", [lambda writing: writing.forget(STORAGE, 1), Writing.stop])
+def another_attempt(writing):
+    """Ask for a step again, as the successor of a leader that was killed does: it knows of no attempt."""
+    with pytest.raises(CheckpointError, match="still writing step 1, for an attempt that is given up"):
+        writing.start(STORAGE, 1, "another")
+
+
+@pytest.mark.parametrize("give_up", [lambda writing: writing.forget(STORAGE, 1), Writing.stop, another_attempt])
 def test_a_step_that_was_given_up_keeps_no_slot_and_stops_with_its_next_part(writing, give_up):
     slots, persister = Pins(), Going()
     writing = Writing(writing.membership, "node-1", slots, persister, lambda line: None)
@@ -172,7 +179,7 @@ def test_another_step_of_a_level_is_not_begun_while_one_that_was_given_up_is_wri
     writing.start(STORAGE, 1, "t")
     writing.start(LOCAL, 1, "t")  # another level does not mind
     writing.forget(STORAGE, 1)
-    with pytest.raises(CheckpointError, match="node-1 is still writing step 1, for an attempt that was given up"):
+    with pytest.raises(CheckpointError, match="node-1 is still writing step 1, for an attempt that is given up"):
         writing.start(STORAGE, 2, "another")
     persister.go.set()
     until_done(writing, STORAGE, 1)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
+import pytest
 import torch
 
 from tests.checkpoint_doubles import FlatSource
 from windlass.checkpoint.agree import Alone
-from windlass.checkpoint.retention import being_read, remove_replaced, retain
+from windlass.checkpoint.retention import being_read, remove_replaced, retain, sweep
 from windlass.checkpoint.save import save
 from windlass.checkpoint.storage import LocalStorage
 from windlass.checkpoint.store import CheckpointInfo, aside, begin_generation, list_checkpoints
@@ -31,6 +33,23 @@ def test_the_newest_ones_stay_and_without_rollbacks_no_others(tmp_path: Path) ->
 def test_one_that_is_old_enough_to_go_back_to_stays_also_when_steps_come_close_together(tmp_path: Path) -> None:
     told = [checkpoint(tmp_path, step, keep=2, back=3) for step in (4, 7, 8, 9, 12)]  # 7 and 9: at a SIGTERM
     assert told == [[4], [4, 7], [4, 7, 8], [4, 7, 8, 9], [9, 12]]
+
+
+def test_a_leftover_into_which_somebody_still_writes_goes_with_a_later_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    left, remove = tmp_path / ".step-00000010.tmp-1-persist-0123abcd", os.rmdir
+    (left / "inside").mkdir(parents=True)
+
+    def late(path: str, **given: int) -> None:
+        if str(path) == str(left):
+            (left / "__1_0.distcp").touch()
+        remove(path, **given)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "rmdir", late)
+        assert sweep(LocalStorage(tmp_path), 2) == [] and left.exists()
+    assert sweep(LocalStorage(tmp_path), 2) == [left.name] and not left.exists()
 
 
 def test_what_a_rollback_has_left_is_nothing_to_go_back_to(tmp_path: Path) -> None:

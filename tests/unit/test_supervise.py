@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.leftovers import end_all
+from tests.snapshot_nodes import PATIENCE_S
 from windlass.checkpoint.memory.client import SnapshotClient
 from windlass.checkpoint.memory.folder import NodeFolder
 from windlass.checkpoint.memory.supervise import ensure_snapshot_process
@@ -35,7 +36,7 @@ def test_one_that_listens_elsewhere_than_is_asked_for_is_replaced(folder: NodeFo
 def test_callers_at_once_that_ask_for_another_address_end_with_one_process(folder: NodeFolder) -> None:
     first, served = ensure_snapshot_process(folder), []
     threads = [
-        threading.Thread(target=lambda: served.append(ensure_snapshot_process(folder, host="127.0.0.2")))
+        threading.Thread(target=lambda: served.append(ensure_snapshot_process(folder, PATIENCE_S, "127.0.0.2")))
         for _ in range(3)
     ]
     for thread in threads:
