@@ -1,6 +1,8 @@
 """Settings of every test session: tests.harness can be imported, one thread, and reproducible property tests."""
 
+import signal
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,14 @@ sys.path += [p for p in (TESTS,) if p not in sys.path]
 torch.set_num_threads(1)
 hypothesis.settings.register_profile("windlass", deadline=None, derandomize=True, max_examples=50, database=None)
 hypothesis.settings.load_profile("windlass")
+
+
+@pytest.fixture(autouse=True)
+def own_signals() -> Iterator[None]:
+    """Leave no signals blocked, as a command does that expects its process to end: whatever is started inherits it."""
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    yield
+    signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
 
 
 @pytest.hookimpl(optionalhook=True)
