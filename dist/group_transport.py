@@ -153,8 +153,8 @@ class GlooChannel:
 
     def _gather(self, call: Call, buffer: Buffer, mine: torch.Tensor, boxes: list[torch.Tensor], own: Finish) -> Finish:
         check, tag = self._header(call), self._tag(call.signature)
-        receives = [(i, self._receive(boxes[i], i, tag)) for i in self.peers]
-        buffer.sends += [(i, self._send(mine, i, tag)) for i in self.peers]
+        receives = [(i, self._receive(call, boxes[i], i, tag)) for i in self.peers]
+        buffer.sends += [(i, self._send(call, mine, i, tag)) for i in self.peers]
 
         def finish() -> None:
             check()
@@ -168,8 +168,8 @@ class GlooChannel:
         check, tag = self._header(call), self._tag(call.signature)
         parts, scratch = self._landing(buffer.mine)
         boxes = self._boxes(buffer.tensor)
-        receives = [(i, self._receive(parts[i], i, tag)) for i in self.peers]
-        buffer.sends += [(i, self._send(boxes[i], i, tag)) for i in self.peers]
+        receives = [(i, self._receive(call, parts[i], i, tag)) for i in self.peers]
+        buffer.sends += [(i, self._send(call, boxes[i], i, tag)) for i in self.peers]
 
         def finish() -> None:
             check()
@@ -186,8 +186,8 @@ class GlooChannel:
         check, tag = self._header(call), self._tag(call.signature)
         boxes = [flat] * len(self.ranks) if small else self._boxes(flat)
         parts, scratch = self._landing(boxes[self.rank])
-        receives = [(i, self._receive(parts[i], i, tag)) for i in self.peers]
-        sends = [(i, self._send(boxes[i], i, tag)) for i in self.peers]
+        receives = [(i, self._receive(call, parts[i], i, tag)) for i in self.peers]
+        sends = [(i, self._send(call, boxes[i], i, tag)) for i in self.peers]
 
         def finish() -> None:
             check()
@@ -197,8 +197,8 @@ class GlooChannel:
             self.spare.append(scratch)
             if not small:
                 second = self._tag(call.signature, "second round")
-                receives_2 = [(i, self._receive(boxes[i], i, second)) for i in self.peers]
-                sends_2 = [(i, self._send(boxes[self.rank], i, second)) for i in self.peers]
+                receives_2 = [(i, self._receive(call, boxes[i], i, second)) for i in self.peers]
+                sends_2 = [(i, self._send(call, boxes[self.rank], i, second)) for i in self.peers]
                 self._wait(call, receives_2)
                 self._wait(call, sends_2)
 
@@ -208,9 +208,9 @@ class GlooChannel:
         flat, tag = tensor.view(-1), self._tag(call.signature)
         check = self._header(call)
         if src == self.rank:
-            works = [(i, self._send(flat, i, tag)) for i in self.peers]
+            works = [(i, self._send(call, flat, i, tag)) for i in self.peers]
         else:
-            works = [(src, self._receive(flat, src, tag))]
+            works = [(src, self._receive(call, flat, src, tag))]
 
         def finish() -> None:
             check()
@@ -222,8 +222,8 @@ class GlooChannel:
         """Give every rank the bytes of every rank: lengths first, then contents."""
         check, tag = self._header(call), self._tag(call.signature)
         lengths = [torch.tensor([len(payload)]) for _ in self.ranks]
-        receives = [(i, self._receive(lengths[i], i, tag)) for i in self.peers]
-        sends = [(i, self._send(lengths[self.rank], i, tag)) for i in self.peers]
+        receives = [(i, self._receive(call, lengths[i], i, tag)) for i in self.peers]
+        sends = [(i, self._send(call, lengths[self.rank], i, tag)) for i in self.peers]
         out: list[bytes] = []
 
         def finish() -> None:
@@ -233,8 +233,8 @@ class GlooChannel:
             texts = [torch.empty(int(n), dtype=torch.uint8) for n in lengths]
             if payload:
                 texts[self.rank] = torch.frombuffer(bytearray(payload), dtype=torch.uint8)
-            bodies = [(i, self._receive(texts[i], i, second)) for i in self.peers]
-            sends.extend((i, self._send(texts[self.rank], i, second)) for i in self.peers)
+            bodies = [(i, self._receive(call, texts[i], i, second)) for i in self.peers]
+            sends.extend((i, self._send(call, texts[self.rank], i, second)) for i in self.peers)
             self._wait(call, bodies)
             self._wait(call, sends)
             out.extend(t.numpy().tobytes() for t in texts)
@@ -257,10 +257,7 @@ class GlooChannel:
         data = tensor.detach().view(-1).clone()
         for i in to:
             head, tag = self._letter(call, self.num_sent, i)
-            try:
-                works = [self._send(head, i, self.letter_tag), self._send(data, i, tag)]
-            except RuntimeError as error:
-                raise self._lost(call, i, error, 0.0) from error
+            works = [self._send(call, head, i, self.letter_tag), self._send(call, data, i, tag)]
             for work in filter(None, works):
                 self.queue.outbox.keep(work)
         return nothing
@@ -269,11 +266,8 @@ class GlooChannel:
         """Receive the header of whatever comes next, and the tensor if it is the one that is wanted."""
         self.queue.check_usable()
         wanted, tag = self._letter(call, self.num_posted, source)
-        head = torch.empty_like(wanted)
-        try:
-            works = [self._receive(head, source, self.letter_tag), self._receive(out.detach().view(-1), source, tag)]
-        except RuntimeError as error:
-            raise self._lost(call, source, error, 0.0) from error
+        head, body = torch.empty_like(wanted), out.detach().view(-1)
+        works = [self._receive(call, head, source, self.letter_tag), self._receive(call, body, source, tag)]
 
         def finish() -> None:
             self._wait(call, [(source, works[0])])
@@ -319,21 +313,24 @@ class GlooChannel:
         """A positive tag made of everything that must agree. Source: torch's gloo backend takes tags below 2^31."""
         return 1 + zlib.crc32(f"{self.number}|{signature}{round_name}".encode()) % (2**31 - 2)
 
-    def _send(self, tensor: torch.Tensor, to: int, tag: int) -> Any:
-        return dist.isend(tensor, group=self.pg, tag=tag, group_dst=to) if tensor.numel() else None
+    def _send(self, call: Call, tensor: torch.Tensor, to: int, tag: int) -> Any:
+        try:
+            return dist.isend(tensor, group=self.pg, tag=tag, group_dst=to) if tensor.numel() else None
+        except RuntimeError as error:
+            raise self._lost(call, to, error) from error
 
-    def _receive(self, tensor: torch.Tensor, source: int, tag: int) -> Any:
-        return dist.irecv(tensor, group=self.pg, tag=tag, group_src=source) if tensor.numel() else None
+    def _receive(self, call: Call, tensor: torch.Tensor, source: int, tag: int) -> Any:
+        try:
+            return dist.irecv(tensor, group=self.pg, tag=tag, group_src=source) if tensor.numel() else None
+        except RuntimeError as error:
+            raise self._lost(call, source, error) from error
 
     def _header(self, call: Call) -> Finish:
         """Announce an operation to all peers; the returned check waits for theirs and compares."""
         mine = _header(call, call.signature)
         heads = torch.empty(len(self.ranks), HEADER_BYTES, dtype=torch.uint8)
-        try:
-            receives = [(i, self._receive(heads[i], i, self.header_tag)) for i in self.peers]
-            sends = [(i, self._send(mine, i, self.header_tag)) for i in self.peers]
-        except RuntimeError as error:
-            raise self._lost(call, self.peers[0], error, 0.0) from error
+        receives = [(i, self._receive(call, heads[i], i, self.header_tag)) for i in self.peers]
+        sends = [(i, self._send(call, mine, i, self.header_tag)) for i in self.peers]
 
         def check() -> None:
             for i, work in receives:
@@ -356,14 +353,20 @@ class GlooChannel:
             except RuntimeError as error:
                 raise self._lost(call, peer, error, time.monotonic() - start) from error
 
-    def _lost(self, call: Call, peer: int, error: RuntimeError, waited_s: float) -> CommError:
+    def _lost(self, call: Call, peer: int, error: RuntimeError, waited_s: float = 0.0) -> CommError:
+        """Say what an error of gloo means. Communication has failed for good, also where no operation was running."""
         me, them = self.ranks[self.rank], self.ranks[peer]
         if "imed out" in str(error):
-            return CommError(
+            lost = CommError(
                 f"group '{self.name}': rank {me} waited {waited_s:.1f} s in {call} for rank {them}, which did not "
                 "come. Look at what that rank does; a longer wait is parallelism.timeout_s"
             )
-        return CommError(f"group '{self.name}': rank {me} lost rank {them} in {call}: {str(error).splitlines()[0]}")
+        else:
+            # When one peer dies, gloo fails what is under way with any of them.
+            who = f"rank {them}" if len(self.peers) == 1 else f"a peer (while it dealt with rank {them})"
+            lost = CommError(f"group '{self.name}': rank {me} lost {who} in {call}: {str(error).splitlines()[0]}")
+        self.queue.broken = self.queue.broken or lost
+        return lost
 
 
 def _header(call: Call, text: str) -> torch.Tensor:

@@ -281,6 +281,8 @@ class Engine:
         return self._forward(batches, per_token=True)
 
     def _forward(self, batches: Sequence[Batch], *, per_token: bool = False) -> list[torch.Tensor]:
+        if self._offload is not None:
+            self._offload.loans.give_back()  # its slab may be the only one
         on_device = [self._put(batch) for batch in batches]
         schedule = self._schedule(len(batches), train=False)
         return self._runner.run(schedule, on_device, gradients=False, per_token=per_token)

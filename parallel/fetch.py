@@ -217,6 +217,9 @@ class FetchOnUse:
             self._pool.give(flat)
 
     def writable(self) -> None:
+        """Let go of the unit, also of one that is still on its way. Collective of the shard group if one is."""
+        if self._reads is not None or self._copies is not None:
+            self.ready()  # what reads it now must be over before it is rewritten
         self.release()
 
     def publish(self) -> None:

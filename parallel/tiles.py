@@ -110,9 +110,15 @@ class TilePass:
                 unit.release()
 
     def _following(self, weight: TiledWeight, tile: int, backward: bool) -> list[tuple[int, Unit]]:
+        """Return the tiles that are taken to come next, with their distance; the same ones on every rank.
+
+        Where weights are used in another order than taken, one whose use is over may be among them. In backward its
+        update may have begun, which rewrites what would be read, and nobody needs it again in this step.
+        """
         position = self._starts[id(weight), backward] + tile
         upcoming = enumerate(self._units[position + 1 : position + 1 + self._reach], 1)
-        return [(distance, unit) for distance, unit in upcoming if unit is not weight.units[tile]]
+        over = weight.units[tile]
+        return [(d, unit) for d, unit in upcoming if unit is not over and not (backward and unit.completed)]
 
 
 def plan_passes(parts: Sequence[tuple[Sequence[TiledWeight], bool]], first_backward: int) -> dict[str, TilePass]:
@@ -209,6 +215,8 @@ class _TiledLinear(torch.autograd.Function):
         grad_SO, x_SI = (t.detach().reshape(-1, t.shape[-1]) for t in (grads[0], x))
         products = uses.due(weight, (grad_SO, x_SI)) if wants_weight else []
         total_SI: torch.Tensor | None = None
+        if not wants_x:  # nobody brings what was begun for this use, and the updates below may rewrite it
+            uses.now.drop([weight])
         for tile, (low, high) in enumerate(weight.rows):
             if wants_x:
                 rows_OI = uses.now.bring(weight, tile, backward=True)

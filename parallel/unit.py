@@ -86,6 +86,11 @@ class Unit:
         else:
             self.on_complete(self, last)
 
+    @property
+    def completed(self) -> bool:
+        """Whether this step adds no more to the gradients, so that the parameters may be rewritten from now on."""
+        return self.reducer is not None and self._completed == self._uses
+
     def state_bytes(self) -> dict[str, int]:
         """Return the bytes this unit holds on this rank's device by state class, without shared scratch."""
         held = {"param": self.residency.held_bytes} if self.residency.held_bytes else {}

@@ -316,6 +316,28 @@ def test_any_plan_gives_the_same_numbers() -> None:
     assert run_world(1, any_plan_is_the_same, 60)[0] >= 30
 
 
+def evaluate_after_reading(comm: Comm, given: OffloadCase) -> tuple[list[str], tuple[float, int]]:
+    """Read all state after a step, frozen parameters last; return their names, and an evaluation right after."""
+    with folders(1) as paths:
+        engine, machine = build(comm, given, paths)
+        first, second, *_ = given.steps()
+        engine.train_step(first, LR)
+        held = engine.held()[::-1]
+        assert all(piece.tensor.isfinite().all() for piece in held)
+        found = engine.evaluate(second)
+        if machine is not None:
+            machine.close()
+    return [piece.key for piece in held], found
+
+
+def test_what_was_lent_does_not_keep_the_only_slab_from_an_evaluation() -> None:
+    case = Case(ZeroConfig(stage=3), "bf16", micro_batches=1, model={"frozen_embed": True})
+    given = OffloadCase(case, replace(POLICIES["zero-infinity"], chunk=2048, slabs=1, watchdog_s=10.0))
+    [(keys, found)], [(_, expected)] = (run_world(1, evaluate_after_reading, one) for one in (given, without(given)))
+    assert keys[-1] == "model.embed.tokens.weight"
+    assert found == expected
+
+
 # -- versions and leases -----------------------------------------------------------------------------------------------
 
 
@@ -343,6 +365,29 @@ def test_parameters_of_an_older_version_are_never_computed_with(param: str) -> N
         given = OffloadCase(case, OffloadConfig(param=param, grad="host", optimizer=param))
         [text] = run_world(1, read_something_old, given, key)
         assert f"'{key}': version 0 would be read where version 1 is due" in text
+
+
+def rewrite_what_was_begun(comm: Comm, given: OffloadCase) -> int:
+    """Begin to fetch a unit from every distance, and each time say that it is to be rewritten; return reads of each."""
+    with folders(1) as paths:
+        engine, machine = build(comm, given, paths)
+        assert machine is not None
+        residency = engine._units[1].residency
+        machine.lanes.take_counters()
+        for distance in range(residency.reach + 1):
+            residency.approach(distance)
+            residency.writable()
+            machine.lanes.check_idle()  # nobody reads it any more
+            machine.check_balanced()
+        reads = machine.lanes.take_counters()["file read"].num_tasks
+        machine.close()
+    return reads // (residency.reach + 1)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_what_is_to_be_rewritten_is_not_on_its_way_any_more(ranks: int) -> None:
+    given = OffloadCase(Case(ZeroConfig(stage=3), "bf16"), replace(POLICIES["all on nvme"], chunk=2048))
+    assert min(run_world(ranks, rewrite_what_was_begun, given)) >= 1
 
 
 def keep_a_lease(comm: Comm, given: OffloadCase) -> str:

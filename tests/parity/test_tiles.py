@@ -28,9 +28,12 @@ from windlass.offload.ledger import TierLedger
 from windlass.offload.policy import OffloadConfig
 from windlass.parallel.activation import ActivationConfig
 from windlass.parallel.engine import Engine
+from windlass.parallel.fetch import FetchOnUse
 from windlass.parallel.memory import plan_traffic, scratch_bytes, state_bytes
 from windlass.parallel.optim import OptimizerConfig
 from windlass.parallel.precision import PrecisionConfig
+from windlass.parallel.stepper import Stepper
+from windlass.parallel.unit import Unit
 from windlass.parallel.units import plan_units
 from windlass.parallel.zero import ZeroConfig
 
@@ -62,6 +65,21 @@ class Transposed(reference.Mixer):
 
     def forward(self, h: torch.Tensor, context: torch.Tensor) -> torch.Tensor:
         return h + self.down(torch.tanh(self.norm(h) @ self.up.weight.t()))
+
+
+class Swapped(reference.Mixer):
+    """`up` is defined after `down` and used before it."""
+
+    def __init__(self, frozen: bool, width: int) -> None:
+        super().__init__(frozen, width)
+        self.up = self._modules.pop("up")
+
+
+class Direct(reference.Mixer):
+    """Its first map works on the input itself, which needs no gradient where the embedding is frozen."""
+
+    def forward(self, h: torch.Tensor, context: torch.Tensor) -> torch.Tensor:
+        return h + (1 + self.gain) * self.down(torch.tanh(self.up(h)))
 
 
 AWKWARD: dict[str, Any] = {"block": Awkward, "frozen": True}
@@ -125,6 +143,59 @@ def test_offloaded_tiles_train_bit_for_bit_like_those_on_the_device(ranks: int) 
         else:
             plain = i
     assert compared == len(POLICIES)
+
+
+def train_with_quick_updates(comm: Comm, cases: Sequence[OffloadCase]) -> tuple[list[dict[str, Any]], list[str]]:
+    """Train with every update over as soon as it has begun, so that what is read after it is what it wrote.
+
+    Also return the tiles that were read in a backward that had reduced their gradients before.
+    """
+    over: set[str] = set()
+    late: list[str] = []
+    update, complete, settle, read = Stepper._update, Unit.complete, Stepper.settle, FetchOnUse._read
+
+    def update_now(self: Stepper, *args: Any) -> None:
+        update(self, *args)
+        assert self._machine is not None
+        self._machine.lanes.wait(self._machine.lanes.all(self._updates))
+
+    def note_complete(self: Unit) -> None:
+        complete(self)
+        over.update([self.plan.name] if self.completed else [])
+
+    def forget_at_the_end_of_backward(self: Stepper) -> list[torch.Tensor]:
+        over.clear()
+        return settle(self)
+
+    def read_in_time(self: FetchOnUse, extent: Any) -> Any:
+        late.extend({self._placement.name} & over)
+        return read(self, extent)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Stepper, "_update", update_now)
+        patch.setattr(Unit, "complete", note_complete)
+        patch.setattr(Stepper, "settle", forget_at_the_end_of_backward)
+        patch.setattr(FetchOnUse, "_read", read_in_time)
+        return train_all(comm, cases), late
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_no_tile_is_read_once_its_update_may_have_begun(ranks: int) -> None:
+    blocks: list[dict[str, Any]] = [{"block": Swapped}, {"block": Direct, "frozen_embed": True}]
+    given = [
+        OffloadCase(
+            Case(STAGE_3, param="bf16", clip=0.0, recompute=recompute, micro_batches=each * ranks, model=WIDE | block),
+            replace(policy, tile=96 * 16, chunk=2048, watchdog_s=30.0),
+            lrs=(LR,) * 2,
+        )
+        for block in blocks
+        for each, recompute in ((1, "keep"), (2, "recompute"))
+        for policy in (OffloadConfig(), OffloadConfig(policy="fuyou"))
+    ]
+    results = run_world(ranks, train_with_quick_updates, given)
+    for plain in range(0, len(given), 2):
+        same(*([trained[i] for trained, _ in results] for i in (plain + 1, plain)), given[plain])
+    assert [late for _, late in results] == [[]] * ranks
 
 
 DECODER = ModelConfig(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import re
 import threading
 from functools import reduce
 from pathlib import Path
@@ -14,6 +15,7 @@ import torch
 
 from tests.harness import outcomes, run_world
 from tests.waiting import until
+from windlass.dist import group_transport
 from windlass.dist.comm import Comm
 from windlass.dist.errors import CommError
 
@@ -319,6 +321,36 @@ def one_after_another(comm: Comm) -> int:
 
 def test_nothing_is_kept_of_operations_that_every_rank_has_finished() -> None:
     assert all(kept <= 1 for kept in run_world(2, one_after_another, transport="shm"))  # 1: a peer's next good-bye
+
+
+def dies_within_a_sum(comm: Comm) -> tuple[str, CommError | None]:
+    victim = comm.world.gather_objects(os.getpid())[1]
+
+    def combine(*args: Any) -> None:
+        if comm.rank == 1:
+            os._exit(9)
+        until(lambda: not Path(f"/proc/{victim}").exists())
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(CommError) as caught:
+        patch.setattr(group_transport, "combine", combine)
+        comm.world.all_reduce(torch.ones(20_001), label="large").wait()  # large: a second round follows the sum
+    return str(caught.value), comm._world.queue.broken
+
+
+def test_a_peer_that_dies_between_two_rounds_is_a_lost_peer() -> None:
+    first, second = outcomes(2, dies_within_a_sum, transport="group")
+    assert "ended with exit code 9" in str(second.error)
+    assert first.error is None, first.text
+    message, broken = first.value
+    assert "rank 0 lost rank 1 in all_reduce 'large'" in message and str(broken) == message
+
+
+def test_of_several_peers_none_is_blamed_for_an_error_of_all() -> None:
+    for outcome in outcomes(3, dies_within_a_sum, transport="group")[::2]:
+        assert outcome.error is None, outcome.text
+        message, broken = outcome.value
+        assert re.search(rf"rank {outcome.rank} lost a peer \(while it dealt with rank \d\) in all_reduce", message)
+        assert str(broken) == message
 
 
 def hangs_on_rank_one(comm: Comm, ends: Path) -> str:
