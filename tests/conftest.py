@@ -21,11 +21,14 @@ hypothesis.settings.load_profile("windlass")
 
 
 @pytest.fixture(autouse=True)
-def own_signals() -> Iterator[None]:
-    """Leave no signals blocked, as a command does that expects its process to end: whatever is started inherits it."""
+def own_process() -> Iterator[None]:
+    """Give back what a command changes that expects its process to end: signals it blocks, which whatever is started
+    next inherits, and the number of threads.
+    """
     blocked = signal.pthread_sigmask(signal.SIG_BLOCK, ())
     yield
     signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+    torch.set_num_threads(1)
 
 
 @pytest.hookimpl(optionalhook=True)
