@@ -93,18 +93,20 @@ def supervise(
     grace_s: float,
     stop: StopCount,
     *,
-    report_s: float = REPORT_S,
+    report_s: float | None = None,
     deadline_s: float = math.inf,
     tend: Callable[[bool], bool] = lambda whole: False,
     look_s: float = 0.1,
 ) -> list[Exit]:
     """Wait until every worker has ended and return how.
 
-    After a request to stop they have `deadline_s`. `tend` is called every `look_s` for whatever else needs care, and
-    told whether all workers still run; once it returns True, they are asked to save and end.
+    `report_s` is REPORT_S by default. After a request to stop workers have `deadline_s`. `tend` is called every
+    `look_s` for whatever else needs care, and told whether all workers still run; once it returns True, they are asked
+    to save and end.
 
     Invariant:   after the first failure all workers have ended within report_s + grace_s and the time a kill takes
     """
+    report_s = REPORT_S if report_s is None else report_s
     running = set(range(group.num_workers))
     signalled: set[int] = set()
     exits: list[Exit] = []

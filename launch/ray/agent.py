@@ -136,23 +136,32 @@ class NodeAgent:
         if kind == "smp":
             return self._memory is not None and self._memory.kill() != 0
         self._struck = True  # from here on nobody looks after anything
-        if kind in ("node", "reboot"):
-            # All at once, as when the power goes: Ray's process first, so that nobody can tell anybody.
-            children = psutil.Process(self._raylet).children(recursive=True)
-            doomed = [self._raylet, *(child.pid for child in children if child.pid != os.getpid())]
-            pids.kill([(pid, process_started(pid) or 0) for pid in doomed], KILL_S)
-            records.end([r for r in records.recorded(self._folder) if r.pid != os.getpid()], KILL_S)
-            if self._memory is not None:
-                self._memory.leave()
-                self._memory.kill()
-        if kind == "node" and self._memory is not None:
-            self._memory.lose(Path(self._site.local_dir) if self._site.local_dir else None)
-        elif kind == "node":
-            self._folder.remove()
-        if kind == "zombie":
-            os.kill(self._raylet, signal.SIGKILL)
-        os.kill(os.getpid(), signal.SIGKILL)
+        try:
+            if kind in ("node", "reboot"):
+                self._lose_power(folders=kind == "node")
+        finally:
+            if kind != "agent":
+                os.kill(self._raylet, signal.SIGKILL)
+            os.kill(os.getpid(), signal.SIGKILL)
         return True
+
+    def _lose_power(self, *, folders: bool) -> None:
+        """Kill everything here at once but Ray's process, with the folders if they are lost too.
+
+        That process is stopped first, so that it can tell nobody. It ends last: Ray ends this actor without it.
+        """
+        if self._memory is not None:
+            self._memory.leave()
+        os.kill(self._raylet, signal.SIGSTOP)
+        children = [child.pid for child in psutil.Process(self._raylet).children(recursive=True)]
+        pids.kill([(pid, process_started(pid) or 0) for pid in children if pid != os.getpid()], KILL_S)
+        records.end([r for r in records.recorded(self._folder) if r.pid != os.getpid()], KILL_S)
+        if self._memory is not None:
+            self._memory.kill()
+        if folders and self._memory is not None:
+            self._memory.lose(Path(self._site.local_dir) if self._site.local_dir else None)
+        elif folders:
+            self._folder.remove()
 
 
 def _memory(site: Site) -> NodeMemory | None:

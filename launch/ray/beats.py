@@ -53,6 +53,6 @@ def get_unless_stopped(call: Any, timeout_s: float) -> Any:
     until = time.monotonic() + timeout_s
     while not ray.wait([call], timeout=max(min(LOOK_S, until - time.monotonic()), 0.0))[0]:
         check_stop()
-        if time.monotonic() > until:
+        if time.monotonic() >= until:
             raise GetTimeoutError(f"no answer in {timeout_s:g} s")
     return ray.get(call)

@@ -25,10 +25,10 @@ from windlass.launch.ray.placement import Seat, slots_of_node
 from windlass.launch.ray.places import Place, Places, refusing
 from windlass.launch.ray.wishes import NAMESPACE, Wishes, actor_on, actor_prefix, cause_of
 from windlass.launch.ray.worker_actor import ActorFacts, Job, Line, WorkerActor, meeting_point, worker_variables
-from windlass.launch.ray.workers import RayWorkers, end_actors, streams_shown
+from windlass.launch.ray.workers import START_S, RayWorkers, end_actors, streams_shown
 
 ACTOR_S = 60.0
-START_S = 150.0  # the first worker of an actor waits until everything is imported
+ATTACH_S = 15.0  # for all actors that an earlier controller had: a busy one is slow, Ray says at once that one is dead
 LOOK_S = 0.5  # between looks at Ray's table of nodes
 STRUCK = {
     "smp": "snapshot process of {} killed",
@@ -260,11 +260,13 @@ class RayFleet:
             if place.name not in seating.used:
                 spares = [(name, self._find_worker(name)) for name in _spare_names(place.name, seating)]
                 self._spares |= {name: (handle, place.name) for name, handle in spares if handle is not None}
+        until = time.monotonic() + ATTACH_S
         for name, (rank, handle, job, facts) in found.items():
+            place = self._places[seating.nodes[rank]]
             try:
-                if ray.get(job, timeout=BEAT_S * BEATS) == Job(rank, generation):
-                    self._workers[name] = _Worker(handle, ray.get(facts, timeout=BEAT_S * BEATS))
-            except (RayError, GetTimeoutError):
+                if self._have_answered([job, facts], place, until) and ray.get(job) == Job(rank, generation):
+                    self._workers[name] = _Worker(handle, ray.get(facts))
+            except RayError:
                 continue  # its node is lost: the group will say that the rank is
         self._begun = {}
         if not self._workers:
@@ -273,6 +275,18 @@ class RayFleet:
             if self._places[node].usable:
                 self._agents.begin_fence(self._places[node], generation)
         return self._watch(names, generation, seating)
+
+    def _have_answered(self, calls: list[Any], place: Place, until: float) -> bool:
+        """Wait for the answers of an actor, or why there are none, and tell whether they are here. Nobody waits for a
+        node where not even Ray's process answers: it counts as lost from here on.
+        """
+        while True:
+            left = until - time.monotonic() if place.usable else 0.0
+            ready, _ = ray.wait(calls, num_returns=len(calls), timeout=max(min(left, LOOK_S), 0.0))
+            if len(ready) == len(calls) or left <= 0:
+                return len(ready) == len(calls)
+            if not place.answers():
+                place.lost = GONE
 
     def _find_worker(self, name: str) -> Any:
         try:

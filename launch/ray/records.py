@@ -80,6 +80,12 @@ def end(processes: list[Recorded], timeout_s: float) -> list[int]:
 
 
 def abandon(folder: NodeFolder) -> None:
-    """Remove the folder of a node that nobody looks after any more, unless a snapshot process or somebody else does."""
-    if folder.read_smp() is None and not any(r.alive and r.pid != os.getpid() for r in recorded(folder)):
+    """Remove the folder of a node that nobody looks after any more, unless a snapshot process or somebody else does.
+
+    Of several that abandon it at the same time the last one removes it: each is forgotten before it looks for others.
+    """
+    for r in recorded(folder):
+        if r.pid == os.getpid():
+            r.path.unlink(missing_ok=True)
+    if folder.read_smp() is None and not any(r.alive for r in recorded(folder)):
         folder.remove()

@@ -11,7 +11,6 @@ from __future__ import annotations
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import tempfile
 import threading
@@ -43,6 +42,7 @@ from windlass.launch.local import (
     threads_per_worker,
 )
 from windlass.launch.node_memory import NodeMemory
+from windlass.launch.ports import free_port
 from windlass.launch.ray import records
 from windlass.launch.ray.placement import Seat
 
@@ -144,9 +144,7 @@ class WorkerActor:
 
     def rendezvous(self, generation: int = 0) -> tuple[str, int]:
         """Return a file for workers of this node and a port that is free on it for workers of several."""
-        with socket.socket() as probe:
-            probe.bind(("", 0))
-            return f"file://{self._folder()}/store-{generation}", int(probe.getsockname()[1])
+        return f"file://{self._folder()}/store-{generation}", free_port()
 
     def _folder(self) -> Path:
         """Return the folder of this actor's files, made again if somebody has tidied up /tmp."""

@@ -8,27 +8,29 @@ from __future__ import annotations
 import signal
 import sys
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import ray
-from ray.exceptions import RayActorError, RayError, RayTaskError
+from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from windlass.dist.errors import WorkerError
 from windlass.launch.failure import Exit, Failure
 from windlass.launch.lines import say
 from windlass.launch.local import LaunchConfig, WorkerCommand, prefixed
+from windlass.launch.ray.beats import get_unless_stopped
 from windlass.launch.ray.cluster import cluster_for, reserved, wants_gpu
 from windlass.launch.ray.placement import Placement, plan_placement, seat_workers
 from windlass.launch.ray.worker_actor import ActorFacts, Line, WorkerActor, meeting_point, worker_variables
-from windlass.launch.supervisor import StopRequests, conclude, supervise
+from windlass.launch.supervisor import Stopped, StopRequests, conclude, interruptible, supervise
 
 __all__ = ["ActorFacts", "RayWorkers", "launch_ray", "start_workers", "worker_variables"]
 
 POLL_S = 1.0
 CLEAN_S = 2.0
+START_S = 150.0  # the first worker of an actor waits until everything is imported, and the actor for Ray
 CONCURRENCY = 4  # of an actor: two readers while one takes over from the other, signals, beats
 
 
@@ -158,13 +160,18 @@ def end_actors(actors: Sequence[Any]) -> None:
         ray.kill(actor)
 
 
-def start_facts(actors: Sequence[Any]) -> list[ActorFacts]:
-    """Wait until all actors run and return where.
+def _answers(calls: Iterable[Any], missing: str) -> list[Any]:
+    """Return what actors answer.
 
-    Raises:      WorkerError if one cannot start
+    Blocks:      host, at most START_S
+    Raises:      WorkerError if one cannot start, or time is over; Stopped, if waits were made interruptible
     """
+    until = time.monotonic() + START_S
     try:
-        return list(ray.get([actor.facts.remote() for actor in actors]))
+        return [get_unless_stopped(call, until - time.monotonic()) for call in calls]
+    except GetTimeoutError:
+        busy = "`ray status` shows what the cluster is busy with"
+        raise WorkerError(f"{missing} (after {START_S:g} s). {busy}") from None
     except RayActorError as exc:
         raise WorkerError(
             f"the Ray actors of the workers do not start: {exc} If the cluster runs without token authentication but "
@@ -173,7 +180,10 @@ def start_facts(actors: Sequence[Any]) -> list[ActorFacts]:
 
 
 def start_workers(command: WorkerCommand, config: LaunchConfig, placement: Placement, group: Any) -> RayWorkers:
-    """Start one actor per worker in a placement group, and the workers in them."""
+    """Start one actor per worker in a placement group, and the workers in them.
+
+    Raises:      WorkerError if one does not start; Stopped, if waits were made interruptible. No actor is left then
+    """
     actor_class = ray.remote(WorkerActor)
     actors = [
         actor_class.options(
@@ -184,17 +194,27 @@ def start_workers(command: WorkerCommand, config: LaunchConfig, placement: Place
         ).remote()
         for bundle in placement.bundle_of_worker
     ]
-    facts = start_facts(actors)
+    try:
+        return RayWorkers(_start_in(actors, command, config))
+    except BaseException:
+        end_actors(actors)
+        raise
+
+
+def _start_in(actors: Sequence[Any], command: WorkerCommand, config: LaunchConfig) -> list[Any]:
+    """Start a worker in every actor, and return the actors by rank."""
+    facts: list[ActorFacts] = _answers([a.facts.remote() for a in actors], "the actors of the workers have not begun")
     seats = seat_workers([fact.node_id for fact in facts])
     by_rank = [actors[seat.worker] for seat in seats]
-    meeting = meeting_point(seats, *ray.get(by_rank[0].rendezvous.remote()), address=facts[seats[0].worker].address)
+    ((store, port),) = _answers([by_rank[0].rendezvous.remote()], "the actor of rank 0 does not answer")
+    meeting = meeting_point(seats, store, port, address=facts[seats[0].worker].address)
     started = []
     for seat, actor in zip(seats, by_rank, strict=True):
         peers = [facts[other.worker] for other in seats if other.node_rank == seat.node_rank]
         variables = worker_variables(seat, len(seats), meeting, peers, config)
         started.append(actor.start.remote(command, variables, str(Path.cwd()), streams_shown(seat.rank, config)))
-    ray.get(started)
-    return RayWorkers(by_rank)
+    _answers(started, "a worker has not begun to run")
+    return by_rank
 
 
 def streams_shown(rank: int, config: LaunchConfig) -> tuple[str, ...]:
@@ -214,7 +234,12 @@ def launch_ray(
         gpu = wants_gpu(device, config.workers)
         placement = plan_placement(config.workers, num_nodes=num_nodes, spread=spread, gpu=gpu)
         with reserved(placement) as group:
-            workers = start_workers(command, config, placement, group)
+            try:
+                with interruptible(stop):
+                    workers = start_workers(command, config, placement, group)
+            except Stopped:
+                say("windlass: stopped on request before all workers had begun")
+                return 128 + signal.SIGTERM
             try:
                 return conclude(supervise(workers, config.grace_s, stop), stop)
             finally:

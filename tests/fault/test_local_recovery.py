@@ -220,7 +220,7 @@ def test_a_stop_during_training_is_passed_on_once_and_ends_with_zero(job: Job) -
     stop = Stop()
 
     class Asking:
-        """A fleet during which somebody asks to stop after some steps."""
+        """A fleet during which somebody asks to stop once all ranks are at work, and so will hear of it."""
 
         def __init__(self, fleet: LocalFleet) -> None:
             self._fleet = fleet
@@ -229,7 +229,7 @@ def test_a_stop_during_training_is_passed_on_once_and_ends_with_zero(job: Job) -
             return getattr(self._fleet, name)
 
         def tend(self) -> list[str]:
-            stop.count = int((job.run / "metrics.jsonl").exists())
+            stop.count = int(all((job.run / f"at-1-1-{rank}").exists() for rank in (0, 1)))
             return self._fleet.tend()
 
     assert job.launch(stop=stop, wrap=Asking) == 0

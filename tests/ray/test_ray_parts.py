@@ -18,7 +18,7 @@ from tests.ray_doubles import JOB, NODES, TOKEN, Actor, answer, wishes
 from tests.waiting import until
 from windlass.checkpoint.memory.folder import NodeFolder
 from windlass.checkpoint.memory.segment import Segment
-from windlass.dist.errors import ConfigError
+from windlass.dist.errors import CheckpointError, ConfigError
 from windlass.launch.control_log import ControlLog
 from windlass.launch.decide import Limits
 from windlass.launch.fleet import Seating
@@ -34,6 +34,8 @@ from windlass.launch.ray.places import Place, Places
 from windlass.launch.ray.worker_actor import ActorFacts
 from windlass.launch.run_folder import RunFolder, RunLock, alone_in
 from windlass.launch.supervisor import Stopped, StopRequests, interruptible
+
+CHILD = 2**22 + 1  # no process has this number
 
 
 @pytest.fixture
@@ -175,16 +177,28 @@ def agent(tmp_path: Path) -> Iterator[Callable[[Site], NodeAgent]]:
         each._struck = True  # its thread ends
 
 
-def test_a_lost_node_takes_its_drive_with_it_and_nothing_of_others(
-    agent: Callable[[Site], NodeAgent], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def signalled(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
+    """What agents have signalled, while nobody hears of it: their raylet has one child. They have an address."""
     monkeypatch.setattr("windlass.launch.ray.agent.ray.util.get_node_ip_address", lambda: "127.0.0.1")
     monkeypatch.setattr(
-        "windlass.launch.ray.agent.psutil.Process", lambda pid: SimpleNamespace(children=lambda **k: [])
+        "windlass.launch.ray.agent.psutil.Process",
+        lambda pid: SimpleNamespace(children=lambda **named: [SimpleNamespace(pid=CHILD)]),
     )
-    killed: list[int] = []
-    monkeypatch.setattr("windlass.launch.ray.agent.pids.kill", lambda who, timeout_s: killed.extend(p for p, _ in who))
-    monkeypatch.setattr("windlass.launch.ray.agent.os.kill", lambda pid, signum: killed.append(pid))
+    signalled: list[tuple[int, int]] = []
+
+    def kill(processes: list[tuple[int, int]], timeout_s: float) -> list[int]:
+        signalled.extend((pid, signal.SIGKILL) for pid, _ in processes)
+        return []
+
+    monkeypatch.setattr("windlass.launch.ray.agent.pids.kill", kill)
+    monkeypatch.setattr("windlass.launch.ray.agent.os.kill", lambda pid, signum: signalled.append((pid, signum)))
+    return signalled
+
+
+def test_a_lost_node_takes_its_drive_with_it_and_nothing_of_others(
+    agent: Callable[[Site], NodeAgent], tmp_path: Path, signalled: list[tuple[int, int]]
+) -> None:
     own, others = tmp_path / "drive", tmp_path / "others"
     for folder in (own / JOB / "node-0", own / JOB / "node-1", others / "node-0"):
         (folder / "step-00000004").mkdir(parents=True)
@@ -194,9 +208,51 @@ def test_a_lost_node_takes_its_drive_with_it_and_nothing_of_others(
     for drive in (own, planted):
         site = Site(NodeFolder(tmp_path, JOB, "node-0"), TOKEN, snapshots=True, local_dir=str(drive), lease_s=1e9)
         agent(site).strike("node")
-    assert killed[-1] == os.getpid()
+    assert signalled[-1] == (os.getpid(), signal.SIGKILL)
     assert not (own / JOB / "node-0").exists() and (own / JOB / "node-1" / "step-00000004").exists()
     assert (others / "node-0" / "step-00000004").exists()
+
+
+@pytest.mark.parametrize(("kind", "snapshots", "kept"), [("node", True, 0), ("node", False, 0), ("reboot", True, 1)])
+def test_ray_s_process_of_a_lost_node_ends_once_the_rest_is_gone_and_tells_nobody_before(
+    kind: str,
+    snapshots: bool,
+    kept: int,
+    agent: Callable[[Site], NodeAgent],
+    tmp_path: Path,
+    signalled: list[tuple[int, int]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    folder, there = NodeFolder(tmp_path, JOB, "node-0"), list[bool]()
+
+    def kill(pid: int, signum: int) -> None:
+        signalled.append((pid, signum))
+        there.append(folder.path.exists())
+
+    monkeypatch.setattr("windlass.launch.ray.agent.os.kill", kill)
+    agent(Site(folder, TOKEN, snapshots, lease_s=1e9)).strike(kind)
+    raylet = os.getppid()
+    assert signalled == [
+        (raylet, signal.SIGSTOP),
+        (CHILD, signal.SIGKILL),
+        (raylet, signal.SIGKILL),
+        (os.getpid(), signal.SIGKILL),
+    ]
+    assert there == [True, bool(kept), bool(kept)]
+
+
+def test_a_node_that_cannot_lose_everything_is_lost_all_the_same(
+    agent: Callable[[Site], NodeAgent],
+    tmp_path: Path,
+    signalled: list[tuple[int, int]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    ours = agent(Site(NodeFolder(tmp_path, JOB, "node-0"), TOKEN, snapshots=True, lease_s=1e9))
+    assert ours._memory is not None
+    monkeypatch.setattr(ours._memory, "lose", lambda drive: (_ for _ in ()).throw(CheckpointError("not ours")))
+    with pytest.raises(CheckpointError):
+        ours.strike("node")
+    assert signalled[-2:] == [(os.getppid(), signal.SIGKILL), (os.getpid(), signal.SIGKILL)]
 
 
 # -- the end -----------------------------------------------------------------------------------------------------------
@@ -216,6 +272,21 @@ def test_an_agent_releases_nothing_of_a_newer_generation(agent: Callable[[Site],
     finally:
         worker.kill()
         worker.wait()
+
+
+def test_the_last_of_several_actors_that_abandon_a_node_removes_its_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = NodeFolder(tmp_path, JOB, "node-0").create(TOKEN)
+    both = os.getpid(), os.getppid()
+    for number, pid in enumerate(both):
+        records.record(folder, f"actor-{number}", pid)
+    there = []
+    for pid in both:  # each lives on a little after that
+        monkeypatch.setattr("windlass.launch.ray.records.os.getpid", lambda pid=pid: pid)
+        records.abandon(folder)
+        there.append([record.pid for record in records.recorded(folder)] if folder.path.exists() else None)
+    assert there == [[both[1]], None]
 
 
 def test_memory_is_swept_away_only_if_nobody_needs_it_and_then_with_the_drives(tmp_path: Path) -> None:

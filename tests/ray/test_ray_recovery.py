@@ -145,6 +145,10 @@ class Job:
         assert any('"step": 3' in line for line in iter(driver.stdout.readline, "")), driver.communicate()[1]
         return driver
 
+    def all_work(self) -> bool:
+        """Tell whether every worker has made a step: it hears of a request to stop then."""
+        return all((self.run / f"state-{rank}").exists() for rank in (0, 1))
+
     def records(self, kind: str) -> list[dict[str, Any]]:
         return [record for record in ControlLog(self.run).records if record["kind"] == kind]
 
@@ -326,6 +330,7 @@ def test_a_request_to_stop_lets_workers_save(job: Job, nodes: Nodes) -> None:
     nodes.have(2)
     job.steps = 1000
     driver = job.drive()
+    until(job.all_work)
     os.kill(driver.pid, signal.SIGTERM)
     out, err = driver.communicate(timeout=120)
     assert driver.returncode == 0, err
@@ -337,6 +342,7 @@ def test_a_job_whose_driver_is_killed_stops_and_leaves_nothing(job: Job, nodes: 
     job.steps, job.lease_s = 10_000, 6.0
     before = controllers()
     driver = job.drive()
+    until(job.all_work)
     assert job.processes() and controllers() - before
     driver.kill()
     driver.communicate()

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from tests.waiting import until
+from windlass.launch import ports
 from windlass.launch.forkserver import ForkServer
 from windlass.launch.local import WorkerCommand
 from windlass.launch.ray.places import Place, refusing
@@ -93,6 +94,24 @@ def test_a_signal_reaches_only_the_worker_of_the_generation_that_it_is_for(actor
     polled = actor.poll(LONG_S, 10_000, generation=2)
     assert polled.code == -signal.SIGKILL
     assert not actor.send(signal.SIGKILL, 2), "it has ended"
+
+
+def test_ranks_meet_at_a_port_that_the_system_gives_to_nobody_by_itself(
+    actor: WorkerActor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given_out = tmp_path / "ip_local_port_range"
+    monkeypatch.setattr(ports, "GIVEN_OUT", given_out)
+    given_out.write_text("20001\t60999\n")
+    found = {actor.rendezvous(generation)[1] for generation in range(20)}
+    assert len(found) > 10 and all(20_001 - ports.BELOW <= port <= 20_000 for port in found)
+    given_out.write_text("1025 60999")  # one is left, which is taken
+    monkeypatch.setattr(ports, "_bind", lambda port, bind=ports._bind: bind(port) if port != 1024 else bind(taken))
+    with socket.socket() as listening:
+        listening.bind(("", 0))
+        taken = listening.getsockname()[1]
+        assert actor.rendezvous()[1] not in (taken, 1024)
+    given_out.unlink()
+    assert actor.rendezvous()[1] > 0
 
 
 def test_only_a_host_that_refuses_has_lost_its_node() -> None:

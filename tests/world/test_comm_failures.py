@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import os
-import random
 import re
 import signal
 import socket
 import time
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,6 +19,7 @@ from windlass.dist.device import Device
 from windlass.dist.env import ProcessEnv
 from windlass.dist.errors import CommError
 from windlass.dist.group_transport import GlooChannel
+from windlass.launch.ports import free_port
 
 TRANSPORTS = ["shm", "group"]
 
@@ -172,16 +171,6 @@ def over_tcp(env: ProcessEnv, port: int) -> float:
         value = torch.ones(1)
         comm.world.all_reduce(value).wait()
         return value.item()
-
-
-def free_port() -> int:
-    """Return a port that is free, of those that the system gives to nobody who does not ask for it."""
-    lowest = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
-    for port in random.SystemRandom().sample(range(max(lowest - 10_000, 1024), lowest), 100):
-        with socket.socket() as probe, suppress(OSError):
-            probe.bind(("", port))
-            return port
-    raise AssertionError("no port is free")
 
 
 def test_ranks_meet_over_an_address_and_port_as_well() -> None:

@@ -44,6 +44,12 @@ def drive(folder: Path, *actions: str) -> subprocess.Popen[str]:
     return driver
 
 
+@pytest.fixture
+def heard(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The launcher waits for what every rank has to say, however slowly: for tests in which all end by themselves."""
+    monkeypatch.setattr("windlass.launch.supervisor.REPORT_S", 60.0)
+
+
 def test_rank_0_speaks_for_all_and_others_only_through_stderr(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -58,7 +64,9 @@ def test_all_ranks_shows_every_line_with_its_rank(tmp_path: Path, capfd: pytest.
     assert "[rank 1] rank 1 of 2, local 1 of 2" in capfd.readouterr().out
 
 
-def test_the_real_cause_comes_first_and_gives_the_exit_code(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_the_real_cause_comes_first_and_gives_the_exit_code(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], heard: None
+) -> None:
     assert launch(tmp_path, "lost-peer", "late-value-error", "lost-peer") == 1
     err = capfd.readouterr().err
     assert err.index("rank 1 failed first: ValueError: the real cause") < err.index("ranks 0, 2 then failed: CommError")
@@ -66,13 +74,15 @@ def test_the_real_cause_comes_first_and_gives_the_exit_code(tmp_path: Path, capf
 
 
 def test_equal_errors_of_all_ranks_are_one_message_with_their_exit_code(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], heard: None
 ) -> None:
     assert launch(tmp_path, "data-error", "data-error") == 4
     assert capfd.readouterr().err.count("is damaged") == 1
 
 
-def test_a_killed_rank_ends_the_run_with_128_and_its_signal(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_killed_rank_ends_the_run_with_128_and_its_signal(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], heard: None
+) -> None:
     assert launch(tmp_path, "lost-peer", "kill") == 128 + signal.SIGKILL
     assert "rank 1 failed first: killed by SIGKILL" in capfd.readouterr().err
 
