@@ -264,22 +264,23 @@ def test_those_who_do_not_prove_who_they_are_take_no_place_of_others_and_are_few
     until(lambda: case.server.num_connections == 2)
 
 
+def known_in(folder: NodeFolder, case: Case) -> Case:
+    """Let a server be that of a node's snapshot process."""
+    started = process_started(os.getpid()) or 0
+    folder.write_smp(SnapshotProcess(os.getpid(), started, case.server.host, case.server.port))
+    return case
+
+
 def test_a_client_of_a_folder_follows_its_process_to_another_address(make: Callable[..., Case], tmp_path: Path) -> None:
     folder = NodeFolder(tmp_path, JOB, "node-0").create(TOKEN)
 
-    def serve() -> Case:
-        case = make()
-        me = SnapshotProcess(os.getpid(), process_started(os.getpid()) or 0, case.server.host, case.server.port)
-        folder.write_smp(me)
-        return case
-
-    first = serve()
+    first = known_in(folder, make())
     client = SnapshotClient.of(folder, 3)
     assert client.hello()["verb"] == "hello"
     first.server.close()
     with pytest.raises(CheckpointError, match=f"node-0 at {HOST}:{first.server.port}"):
         client.hello()
-    second = serve()
+    second = known_in(folder, make())
     assert second.server.port != first.server.port and client.hello()["verb"] == "hello"
     assert client.wire.port == second.server.port
     client.close()
@@ -292,7 +293,7 @@ def test_a_flush_is_asked_again_where_the_process_is_being_replaced_and_a_refusa
 
     def die(verb: str, fields: dict[str, Any], payload: memoryview) -> Any:
         asked.append(fields["at_least"])
-        threading.Timer(0.3, serve, (answer,)).start()  # by then it was found to be gone
+        threading.Timer(0.3, lambda: known_in(folder, make(handle=answer))).start()  # by then it was found to be gone
         first.server.close(timeout_s=0.0)
         raise ConnectionAbortedError
 
@@ -302,13 +303,7 @@ def test_a_flush_is_asked_again_where_the_process_is_being_replaced_and_a_refusa
             raise CheckpointError("step 9 is not protected")
         return {"step": 7, "place": "there", "num_bytes": 1, "seconds": 0.1}, None
 
-    def serve(handle: Callable[..., Any]) -> Case:
-        case = make(handle=handle)
-        started = process_started(os.getpid()) or 0
-        folder.write_smp(SnapshotProcess(os.getpid(), started, case.server.host, case.server.port))
-        return case
-
-    first = serve(die)
+    first = known_in(folder, make(handle=die))
     with SnapshotClient.of(folder, 3) as client:
         assert client.flush(LONG_S, at_least=7).step == 7 and asked == [7, 7]
         with pytest.raises(CheckpointError, match="step 9 is not protected"):
