@@ -71,7 +71,8 @@ def test_before_any_worker_runs_there_is_nothing_to_save(lab: Lab) -> None:
 def test_while_workers_start_there_is_nothing_to_save(lab: Lab) -> None:
     told = lab.run(strikes=[Act(0, ask)], settings=LONG)
     assert (told.code, told.leftovers) == (0, []), told.said
-    assert told.of("start") and not told.of("failure") and newest(told) == -1
+    assert told.of("start") and not told.of("failure")
+    assert newest(told) == last(told) <= 1  # nothing, unless the request came late: then the step that it met
 
 
 @pytest.mark.parametrize("step", [1, 3])
