@@ -60,7 +60,8 @@ class Told:
     @property
     def every_step(self) -> list[dict[str, Any]]:
         """Every step that was ever finished, also those that were done again."""
-        lines = (self.run / "metrics.jsonl").read_text().splitlines()
+        metrics = self.run / "metrics.jsonl"
+        lines = metrics.read_text().splitlines() if metrics.exists() else []  # no worker came so far
         entries = [json.loads(line) for line in lines if line.endswith("}")]
         return [entry for entry in entries if "event" not in entry]
 
