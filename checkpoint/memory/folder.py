@@ -5,6 +5,7 @@
         membership-<g>.json  base-<g>.json  saved-<g>.json  moved-<g>.json
         layouts/<digest>.json  beats/00003  verdicts/00003.json
         data-00003-<slot bytes>x<slots>-<hashes>.seg  parity-00003-...seg
+    <base>/windlass-<uid>/<job>/<node>.gone-<nonce>/   one that is being removed
 
 Every file is the user's alone (0600 in folders of 0700) and replaced as a whole, so a kill leaves the old or the new.
 The base is everybody's: what somebody else made there under our name, or a link, is neither believed nor removed.

@@ -2,10 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 from collections.abc import Iterator
 
 import pytest
 from ray.cluster_utils import Cluster
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_process(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Refuse to run beside another process of this session that starts Ray too: each would find the other's cluster."""
+    me = os.environ.get("PYTEST_XDIST_WORKER")
+    if me is not None:
+        owner = tmp_path_factory.getbasetemp().parent / "ray-owner"
+        with contextlib.suppress(FileExistsError), open(owner, "x") as file:
+            file.write(me)
+        assert owner.read_text() == me, "tests/ray must run in one process: see tests/conftest.py"
 
 
 @pytest.fixture(scope="session")
